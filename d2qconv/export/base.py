@@ -1,0 +1,186 @@
+"""What an export format is: the one door through which every exporter, ours or not, is used.
+
+An exporter is asked three times. `plan` before any work: which grid every weight will have, how the mean shift can
+be carried, what is refused. `write` after quantization. `verify` on the written package, with readers of its own.
+Modules here import neither torch nor any runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from d2qconv.errors import PluginError, Refusal
+from d2qconv.grids.base import Grid
+from d2qconv.names import TensorId
+
+if TYPE_CHECKING:
+    from d2qconv.arch.spec import ModelDesc
+    from d2qconv.checkpoint.open import Checkpoint
+    from d2qconv.ir.model import QuantizedModel
+
+
+class Carrier(StrEnum):
+    """How a package carries DAC's mean shift."""
+
+    BIAS = "bias"
+    RANK1 = "rank1"
+    NONE = "none"
+
+
+class FloatType(StrEnum):
+    """Storage of a tensor that is not quantized."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes per element."""
+        return 4 if self is FloatType.F32 else 2
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor will be stored.
+
+    stored_as: its name in the package. storage: a grid, or a float type. n_bytes: predicted size in the package,
+    exact. note: why this storage, where that is not plain from the options.
+    """
+
+    id: TensorId
+    stored_as: str
+    shape: tuple[int, ...]
+    storage: Grid | FloatType
+    n_bytes: int
+    note: str = ""
+
+    @property
+    def type_name(self) -> str:
+        """`q2_k`, `f32`, …"""
+        return self.storage.value if isinstance(self.storage, FloatType) else self.storage.id
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """What the exporter will write, and what it will not.
+
+    carrier: how the mean shift will be carried, and `carrier_note` by which means (`ffn_gate.bias and
+    ffn_up.bias`, `… relabelled as llama`). layout: the package's own architecture label.
+    """
+
+    layout: str
+    tensors: tuple[TensorPlan, ...]
+    carrier: Carrier
+    carrier_note: str
+    loads_in: tuple[str, ...]
+    refusals: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def storage(self, tensor: TensorId) -> Grid | FloatType:
+        """Planned storage of one tensor; raises KeyError."""
+        return self.by_id[tensor].storage
+
+    @property
+    def by_id(self) -> Mapping[TensorId, TensorPlan]:
+        """The tensors by id."""
+        return {t.id: t for t in self.tensors}
+
+    @property
+    def n_bytes(self) -> int:
+        """Predicted bytes of all tensors, without metadata."""
+        return sum(t.n_bytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that `verify` established. detail: with the number that shows it."""
+
+    name: str
+    detail: str
+    is_passed: bool
+
+
+@dataclass(frozen=True)
+class Package:
+    """What was written. decoded_sha256: per stored name, the digest of the tensor's decoded f32 values."""
+
+    path: Path
+    n_bytes: int
+    decoded_sha256: Mapping[str, str]
+
+
+#: Called with (done, total, what) as work goes on.
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """Progress that nobody watches."""
+
+
+class Exporter(Protocol):
+    """One export format, made with its options (the dataclass that its ExporterInfo names)."""
+
+    def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
+        """Decide every tensor's storage. carrier: the user's wish, None for the best that the format can do.
+
+        Needs no weight values. Returns refusals instead of raising them.
+        """
+
+    def write(
+        self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
+    ) -> Package:
+        """Write the package to `path`, which the caller has made a temporary name; raises ExportError."""
+
+    def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
+        """Read a package with an independent reader and compare every tensor bit for bit with its record.
+
+        Then, where the runtime is installed, load it there and compare logits with the float reference built from
+        the decoded weights. Raises VerifyError if `path` is not such a package at all.
+        """
+
+    def inspect(self, path: Path) -> Mapping[str, Any]:
+        """Facts of a package for a person: layout, sizes per type, provenance. Reads no weights."""
+
+
+@dataclass(frozen=True)
+class ExporterInfo:
+    """An exporter as it is known before it is loaded: the entry point's object. Imports nothing heavy.
+
+    name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options.
+    target: `module:Class`, called with the options. requires: modules that must be importable. extra: the pip
+    extra that brings them. suffix: of the default output name. example: the command's example in its help.
+    """
+
+    name: str
+    summary: str
+    options: type
+    target: str
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+    suffix: str = ""
+    example: str = ""
+    architectures: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, options: object) -> Exporter:
+        """Import the exporter and make it; raises PluginError with the pip command if a library is missing."""
+        from importlib.util import find_spec
+
+        missing = [m for m in self.requires if find_spec(m) is None]
+        if missing:
+            raise PluginError(
+                f"to-{self.name} needs {', '.join(missing)}",
+                todo=f"pip install 'd2qconv[{self.extra}]'",
+            )
+        module, _, name = self.target.partition(":")
+        try:
+            made = getattr(import_module(module), name)(options)
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"exporter {self.name} does not load: {error}", where=self.target) from error
+        return made  # type: ignore[no-any-return]

@@ -1,0 +1,134 @@
+"""What a quantization grid is.
+
+A grid says which VALUES a weight can take; the codec of an export format says which BYTES hold them.
+A quantized matrix is `codes` (which level) and `params` (which grid instance: steps, offsets), both in the
+precision that the file stores. `decode` is the only way from them to values, and nothing downstream rounds.
+
+Shapes. A matrix is `f32[n_out, n_in]`. Along its rows it is cut into blocks of `grid.block` columns, the unit
+that owns a parameter set; inside a block, `grid.group` columns share one (step, offset); one code covers
+`grid.step` columns. `Params` maps a parameter's name to a tensor `[n_out, n_blocks, ...]` in storage dtype;
+a leading 1 instead of n_out means that all rows share it. So rows and blocks are cut the same way for every
+grid, and no grid needs code for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+from d2qconv.errors import Refusal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: name of a parameter -> tensor [n_out or 1, n_blocks, ...] in storage dtype
+Params: TypeAlias = "Mapping[str, Tensor]"
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What a parameter operation rounded: the largest relative change of a step that it did not ask for."""
+
+    max_relative_error: float
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing was rounded."""
+        return self.max_relative_error == 0.0
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """The values that one storage type can represent. Stateless; equal grids are the same object."""
+
+    @property
+    def id(self) -> str:
+        """Unique name, e.g. `q2_k`."""
+
+    @property
+    def block(self) -> int:
+        """Columns that own one parameter set."""
+
+    @property
+    def group(self) -> int:
+        """Columns that share one (step, offset); divides `block`."""
+
+    @property
+    def step(self) -> int:
+        """Columns covered by one code; divides `group`. 1 for scalar grids."""
+
+    @property
+    def levels(self) -> int:
+        """Number of codes; at most 256."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, parameters included."""
+
+    def accepts(self, shape: Sequence[int]) -> Refusal | None:
+        """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
+
+    def fit(self, w: Tensor, importance: Tensor) -> Params:
+        """Parameters of ONE block that minimise Σ_j importance_j (w_ij - decode_ij)² in every row i.
+
+        w: f32[n_out, block]; importance: f32[block], positive, shared by all rows.
+        Returns params `[n_out, 1, ...]`, already rounded to storage precision. Finite for any finite input.
+        """
+
+    def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:
+        """Choose again the inner step and offset of group number `group` of one block, all else unchanged.
+
+        w: f32[n_out, group]: the columns as they are when the sweep reaches them; importance: f32[group].
+        params: of one block, `[n_out, 1, ...]`. A grid without inner parameters returns `params` itself.
+        """
+
+    def encode(self, w: Tensor, params: Params, col: int) -> Tensor:
+        """Codes whose DECODED value is nearest to w.
+
+        w: f32[n_out, n] with n a multiple of `step`: the columns col .. col+n of ONE block.
+        params: of that block, `[n_out, 1, ...]`. Returns u8[n_out, n/step].
+        """
+
+    def decode(self, codes: Tensor, params: Params, col: int = 0) -> Tensor:
+        """Values of codes, computed in f32 in the runtime's own order of operations.
+
+        codes: u8[n_out, n/step]: columns col .. col+n; params `[n_out, n_blocks, ...]` of the blocks that these
+        columns lie in (whole blocks from col 0, or a part of one block). Returns f32[n_out, n].
+        """
+
+    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
+        """Parameters whose decoded rows are `scale_i` times as large, rounded to storage precision.
+
+        scale: f32[n_out], any finite value but 0. Codes stay.
+        """
+
+
+def take_rows(params: Params, index: Tensor) -> dict[str, Tensor]:
+    """Params of the rows in `index` (i64[n]), in that order. Shared parameters stay shared."""
+    return {name: p if p.shape[0] == 1 else p[index] for name, p in params.items()}
+
+
+def take_block(params: Params, block: int) -> dict[str, Tensor]:
+    """Params of one block, `[n_out, 1, ...]`."""
+    return {name: p[:, block : block + 1] for name, p in params.items()}
+
+
+def stack_blocks(blocks: Sequence[Params]) -> dict[str, Tensor]:
+    """Params of consecutive blocks, joined: the inverse of `take_block` over all of them."""
+    import torch
+
+    return {name: torch.cat([b[name] for b in blocks], dim=1) for name in blocks[0]}
+
+
+def cat_rows(parts: Sequence[Params]) -> dict[str, Tensor]:
+    """Params of several matrices of equal width, one below the other. Shared parameters are refused."""
+    import torch
+
+    return {name: torch.cat([p[name] for p in parts], dim=0) for name in parts[0]}
+
+
+def to_device(params: Params, device: torch.device | str) -> dict[str, Tensor]:
+    """The same params on another device."""
+    return {name: p.to(device) for name, p in params.items()}

@@ -1,0 +1,65 @@
+"""A quantized matrix.
+
+It has no arithmetic. It can be decoded, its rows can be picked, and that is all: whatever is written
+to a file is what the quantizer chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from d2qconv.grids.base import Exactness, Grid, Params, cat_rows, take_rows
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A quantized matrix.
+
+    shape: (n_out, n_in). codes: u8[n_out, n_in / grid.step]. params: see `d2qconv.grids.base`.
+    """
+
+    grid: Grid
+    shape: tuple[int, int]
+    codes: Tensor
+    params: Params
+
+    def decode(self) -> Tensor:
+        """The weights, f32[n_out, n_in], exactly as a reader of the package will see them."""
+        return self.grid.decode(self.codes, self.params)
+
+    def take_rows(self, index: Tensor) -> Coded:
+        """Rows `index` (i64[n]) in that order. Exact."""
+        return replace(
+            self,
+            shape=(len(index), self.shape[1]),
+            codes=self.codes[index],
+            params=take_rows(self.params, index),
+        )
+
+    def scale_rows(self, scale: Tensor) -> tuple[Coded, Exactness]:
+        """Every row i times scale_i (f32[n_out]), codes unchanged, steps rounded to storage precision."""
+        params, exactness = self.grid.scale_rows(self.params, scale)
+        return replace(self, params=params), exactness
+
+    def to(self, device: torch.device | str) -> Coded:
+        """The same matrix on another device."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            params={name: p.to(device) for name, p in self.params.items()},
+        )
+
+
+def cat_coded(parts: Sequence[Coded]) -> Coded:
+    """Matrices on one grid, one below the other. Exact."""
+    first = parts[0]
+    return Coded(
+        first.grid,
+        (sum(p.shape[0] for p in parts), first.shape[1]),
+        torch.cat([p.codes for p in parts]),
+        cat_rows([p.params for p in parts]),
+    )

@@ -1,0 +1,44 @@
+"""What quantization hands to an exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.dense import Dense
+from d2qconv.ir.coded import Coded
+from d2qconv.names import TensorId
+
+#: A tensor as it goes into the package: codes on a grid, or a float tensor already in its final values.
+Stored: TypeAlias = Coded | Dense
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a package comes from; goes into its metadata as text.
+
+    carriers: per kind of correction (`mean_shift`, `column_scale`) how the package carries it.
+    """
+
+    version: str
+    fingerprint: str
+    source: str
+    source_license: str
+    recipe: str
+    calibration: str
+    carriers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A whole model, folds done, in the checkpoint's row order.
+
+    tensors: every tensor the package must hold, loaded or decoded one at a time; biases that a fold created are
+    among them, a tied head is not.
+    """
+
+    desc: ModelDesc
+    tensors: Mapping[TensorId, Stored]
+    provenance: Provenance

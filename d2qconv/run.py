@@ -1,0 +1,62 @@
+"""What one run is asked to do, and the fingerprint that says whether two runs are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are quantized. Field order is the order of the ladder; every field is a command-line option.
+
+    rounding: `gptq` feeds each column's rounding error forward to the columns not yet rounded; `nearest` does not.
+    refit: choose a K-quant's inner scales again when the sweep reaches their group. dsq: a learned scale per
+    input column of down_proj, folded into up_proj (D²Quant §DSQ). dac: measure the mean shift of the FFN norm's
+    output and carry it (D²Quant §DAC). damping: added to the Hessian's diagonal, as a fraction of its mean.
+    """
+
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    refit: bool = True
+    dsq: bool = True
+    dac: bool = True
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which tokens the statistics are measured on.
+
+    source: `self` (sampled from the model), a text, JSONL or token file, or a hub data set `org/name[:split]`.
+    sequences and length are in sequences and tokens; one more tenth of the sequences, never used for
+    statistics, measures the KL divergence at the end.
+    """
+
+    source: str = "self"
+    sequences: int = 128
+    length: int = 512
+    seed: int = 0
+
+
+class RunSpec(msgspec.Struct, frozen=True):
+    """Everything that determines the quantized weights. Two runs with equal fingerprints give equal bytes.
+
+    model: digest of the checkpoint's config and tensor headers, sizes and mtimes. storage: planned type per
+    tensor id. device: its type, since CPU and CUDA round differently.
+    """
+
+    version: str
+    model: str
+    recipe: Recipe
+    calibration: CalibrationSpec
+    tokens: str
+    storage: dict[str, str]
+    carrier: str
+    device: str
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the spec's canonical JSON, hex."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()

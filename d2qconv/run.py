@@ -60,3 +60,13 @@ class RunSpec(msgspec.Struct, frozen=True):
     def fingerprint(self) -> str:
         """SHA-256 of the spec's canonical JSON, hex."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def describe(recipe: Recipe) -> str:
+    """The recipe in one line, for people: `gptq + refit + dsq + dac, damping 0.01`."""
+    if recipe.rounding == "nearest":
+        parts = ["nearest"]
+    else:
+        parts = ["gptq"] + ["refit"] * recipe.refit
+    parts += ["dsq"] * recipe.dsq + ["dac"] * recipe.dac
+    return " + ".join(parts) + f", damping {recipe.damping:g}"

@@ -129,8 +129,11 @@ class Exporter(Protocol):
     def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
         """Decide every tensor's storage. carrier: the user's wish, None for the best that the format can do.
 
-        Needs no weight values. Returns refusals instead of raising them.
+        Returns refusals instead of raising them.
         """
+
+    def check_source(self, checkpoint: Checkpoint) -> Sequence[Refusal]:
+        """Why this checkpoint's side files (tokenizer, templates) cannot be written, before any work."""
 
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress

@@ -1,0 +1,45 @@
+"""GGUF, as stock llama.cpp reads it.
+
+Imports nothing heavy: the exporter itself is loaded when it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2qconv.export.base import ExporterInfo
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """How the weights are stored.
+
+    type: of the matrices inside the blocks: q2_k, q3_k, q4_k, q4_0, q8_0, or unquantized f16, bf16, f32.
+    embedding: of the token embedding, and with it of a tied head; the same choices.
+    output: of the head where it is a matrix of its own; the same choices.
+    base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
+    """
+
+    type: str = "q2_k"
+    embedding: str = "q8_0"
+    output: str = "q8_0"
+    base_gguf: Path | None = None
+
+
+INFO = ExporterInfo(
+    name="gguf",
+    summary="one GGUF file that stock llama.cpp loads",
+    options=GgufOptions,
+    target="d2qconv_gguf.exporter:GgufExporter",
+    requires=("torch", "gguf"),
+    extra="gguf",
+    suffix=".gguf",
+    example="d2qconv to-gguf Qwen/Qwen3-8B -o qwen3-8b-q2_k.gguf",
+    architectures=("llama", "mistral", "qwen2", "qwen3"),
+    facts={
+        "types": "q2_k q3_k q4_k q4_0 q8_0, embeddings also f16 bf16 f32",
+        "loads in": "llama.cpp and all that is built on it",
+        "mean shift": "exact FFN biases (llama, mistral; qwen2 as llama), rank-1 fold (qwen3)",
+    },
+)

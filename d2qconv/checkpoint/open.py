@@ -1,0 +1,139 @@
+"""Open a model: a local folder, or a hub name `org/name`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2qconv.checkpoint.dense import Dense
+from d2qconv.checkpoint.folder import find, is_snapshot, read_json, read_shards
+from d2qconv.checkpoint.hub import download
+from d2qconv.checkpoint.safetensors_file import SafetensorsFile
+from d2qconv.errors import InputError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+#: A README is read this far for its front matter, and a license is a name, not a text.
+_README_BYTES = 1 << 20
+_LICENSE_CHARS = 200
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, opened: config parsed, headers checked, no weight read.
+
+    source: as the user named it. revision: the hub's commit, '' for a plain folder. tensors: by checkpoint
+    name. license: from README.md's front matter or config.json, '' if neither says. shards: the weight files.
+    """
+
+    path: Path
+    source: str
+    revision: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Dense]
+    license: str
+    shards: tuple[SafetensorsFile, ...] = ()
+
+    def file(self, name: str) -> Path | None:
+        """A side file such as `tokenizer.json`, or None. Raises InputError if it leads out of the folder."""
+        return find(self.path, name)
+
+    def json(self, name: str) -> Mapping[str, Any] | None:
+        """A side file that is a JSON object, parsed, or None if it is absent. Raises InputError."""
+        path = self.file(name)
+        return None if path is None else read_json(path)
+
+    def digest(self) -> str:
+        """SHA-256, hex, over config.json and, per shard, name, header, size and mtime in ns.
+
+        Cheap: no weight is read. A weight that changes in place without a change of mtime is not seen.
+        """
+        sha = hashlib.sha256((self.path / "config.json").read_bytes())
+        for shard in sorted(self.shards, key=lambda s: s.path.name):
+            facts = (shard.path.name, shard.header_sha256, shard.size, shard.mtime_ns)
+            sha.update(f"\0{facts!r}".encode())
+        return sha.hexdigest()
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a local folder if one has that name, else the hub's `org/name`.
+
+    Raises InputError for whatever is wrong with the name, the folder or its files; PluginError if a hub name
+    is given and huggingface_hub is missing. Only headers are read; nothing is unpickled.
+    """
+    try:
+        local = Path(model).expanduser()
+        is_local = local.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot be opened: {error}", where=model) from error
+    if is_local:
+        if not local.is_dir():
+            raise InputError("not a folder", where=model, todo="name the folder that holds config.json")
+        if revision is not None:
+            raise InputError(
+                f"revision {revision!r} belongs to a hub name, and this is a folder", where=model
+            )
+        folder = local
+    elif _HUB_NAME.fullmatch(model):
+        folder = download(model, revision)
+    else:
+        raise InputError("no such folder, and not a hub name like org/name", where=model)
+    root = folder.resolve()
+    config_path = find(folder, "config.json")
+    if config_path is None:
+        raise InputError("config.json is missing", where=model, todo="name a Hugging Face model folder")
+    config = read_json(config_path)
+    shards = read_shards(folder)
+    return Checkpoint(
+        path=folder,
+        source=model,
+        revision=root.name if is_snapshot(root) else "",
+        config=config,
+        tensors={name: dense for shard in shards for name, dense in shard.tensors().items()},
+        license=_license(folder, config),
+        shards=shards,
+    )
+
+
+def _license(folder: Path, config: Mapping[str, Any]) -> str:
+    """The model's license as its card names it."""
+    card = find(folder, "README.md")
+    stated = "" if card is None else _front_matter_license(card)
+    if not stated and isinstance(config.get("license"), str):
+        stated = config["license"].strip()
+    return stated[:_LICENSE_CHARS]
+
+
+def _front_matter_license(card: Path) -> str:
+    """`license:` of a model card; `other (name)` where the card names its own; several joined by commas.
+
+    The front matter is YAML, of which only `key: value` and a list of plain items are read here.
+    """
+    try:
+        with card.open("rb") as stream:
+            lines = stream.read(_README_BYTES).decode("utf-8", "replace").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(card)) from error
+    if not lines or lines[0].strip() != "---":
+        return ""
+    found: dict[str, list[str]] = {}
+    key = ""
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        if (top := re.match(r"([A-Za-z_]+):(.*)", line)) is not None:
+            key = top[1]
+            found.setdefault(key, []).extend(v for v in [_scalar(top[2]).strip("[]")] if v)
+        elif key in found and (item := re.match(r"\s*-\s+(.+)", line)) is not None:
+            found[key].append(_scalar(item[1]))
+    text = ", ".join(found.get("license", []))
+    named = ", ".join(found.get("license_name", []))
+    return f"{text} ({named})" if text and named else text
+
+
+def _scalar(text: str) -> str:
+    """A plain YAML value without comment and quotes."""
+    return re.sub(r"\s+#.*", "", text).strip().strip("'\"")

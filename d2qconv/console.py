@@ -1,0 +1,448 @@
+"""Everything a person sees.
+
+The only module that prints. Results go to standard output, progress and errors to standard error. Three ways:
+normal; quiet, which prints the last line alone; JSON, which prints one object on standard output and nothing else
+there, errors included. Colours and bars only on a terminal. Text is never read as markup: messages hold square
+brackets.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+
+from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
+from d2qconv.export.discover import Found
+from d2qconv.progress import Unwatched, Watch
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+    from d2qconv.fold.corrections import FoldRecord
+    from d2qconv.pipeline import Outcome, Planned
+
+#: Seconds between two progress lines where there is no terminal.
+LINE_EVERY = 10.0
+
+
+def by_steps(watch: Watch, name: str) -> Progress:
+    """A progress callback (done, total, what) that tells a watch; the stage begins with the first call."""
+    totals: list[int] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        if totals != [total]:
+            totals[:] = [total]
+            watch.stage(name, total)
+        watch.step(done, what)
+
+    return progress
+
+
+class LineWatch:
+    """Plain lines, one at a stage's beginning and then at most one every `LINE_EVERY` seconds."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._name = ""
+        self._total = 0
+        self._began = self._last = clock()
+
+    def stage(self, name: str, total: int) -> None:
+        """Say that the stage begins."""
+        self._name, self._total = name, total
+        self._began = self._last = self._clock()
+        self._write(f"{name} …" if total == 0 else f"{name} … {total} steps")
+
+    def step(self, done: int, what: str) -> None:
+        """Say how far it is, if the last line is old enough."""
+        now = self._clock()
+        if now - self._last < LINE_EVERY:
+            return
+        self._last = now
+        of = f"{done}/{self._total}" if self._total else str(done)
+        left = (now - self._began) / done * (self._total - done) if done and self._total else 0.0
+        ahead = f", {duration(left)} left" if left else ""
+        self._write(f"{self._name} {of} {what}{ahead}".rstrip())
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        self._write(text)
+
+
+class BarWatch:
+    """One bar a stage, with the time left."""
+
+    def __init__(self, progress: RichProgress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, total: int) -> None:
+        """Complete the last bar, draw the next."""
+        self.close()
+        self._task = self._progress.add_task(name, total=total or None, what="")
+
+    def step(self, done: int, what: str) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, what=what)
+
+    def note(self, text: str) -> None:
+        """Print it above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop the clock of the last bar."""
+        if self._task is not None:
+            self._progress.update(self._task, what="")
+            self._progress.stop_task(self._task)
+
+
+class Console:
+    """Where one command prints to."""
+
+    def __init__(self, *, is_json: bool = False, is_quiet: bool = False) -> None:
+        self._is_json = is_json
+        self._is_quiet = is_quiet
+        self._has_emitted = False
+        self._out = _plain(sys.stdout)
+        self._err = _plain(sys.stderr)
+
+    def ask(self, *, is_json: bool, is_quiet: bool) -> None:
+        """Print like this from now on."""
+        self._is_json, self._is_quiet = is_json, is_quiet
+
+    @contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """Progress on standard error, as far as it is wanted."""
+        if self._is_json or self._is_quiet:
+            yield Unwatched()
+        elif not self._err.is_terminal:
+            yield LineWatch(lambda line: self._err.print(line, soft_wrap=True))
+        else:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description:<12}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[what]}", markup=False),
+            )
+            with Progress(*columns, console=self._err) as progress:
+                watch = BarWatch(progress)
+                yield watch
+                watch.close()
+
+    def show_plan(self, planned: Planned, *, is_all: bool) -> None:
+        """Every tensor's type and size, by role or one by one, and what the whole will be."""
+        target = planned.target
+        if self._is_json:
+            self._emit(plan_facts(planned))
+            return
+        if not self._is_quiet:
+            self._table(*(_each_tensor(target) if is_all else _by_role(target)))
+            self._line()
+            self._pairs(_plan_pairs(planned))
+        self._line(
+            f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
+        )
+
+    def show_outcome(self, outcome: Outcome, sample: str = "") -> None:
+        """What was written, how far it is from the source, what was exact, where it loads."""
+        if self._is_json:
+            self._emit(outcome_facts(outcome) | ({"sample": sample} if sample else {}))
+            return
+        if not self._is_quiet:
+            self._checks(outcome.checks)
+            self._line()
+            self._pairs(_outcome_pairs(outcome))
+            if sample:
+                self._line()
+                self._line(sample)
+            self._line()
+        self._line(
+            f"{outcome.path}: {size(outcome.n_bytes)}, {outcome.bits_per_weight:.2f} bits per weight, "
+            f"KL divergence {outcome.kld:.4f}"
+        )
+
+    def show_checks(self, path: Path, checks: Sequence[Check]) -> None:
+        """What `verify` established."""
+        failed = sum(not c.is_passed for c in checks)
+        if self._is_json:
+            self._emit(
+                {"path": str(path), "is_passed": not failed, "checks": [_check_facts(c) for c in checks]}
+            )
+            return
+        if not self._is_quiet:
+            self._checks(checks)
+        self._line(f"{path}: {len(checks) - failed} checks passed, {failed} failed")
+
+    def show_facts(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """What `inspect` found."""
+        if self._is_json:
+            self._emit({"path": str(path), **facts})
+            return
+        lines = list(_flatten(facts))
+        self._pairs(lines[-1:] if self._is_quiet else lines)
+
+    def show_exporters(self, found: Collection[Found]) -> None:
+        """Every exporter, the unusable ones with the reason."""
+        if self._is_json:
+            self._emit({"exporters": [_exporter_facts(f) for f in found]})
+            return
+        if not self._is_quiet:
+            rows = [(f.name, f.info.summary if f.info else "", f.origin, f.state) for f in found]
+            self._table(("exporter", "writes", "from", "state"), rows)
+        self._line(f"{sum(f.is_ready for f in found)} of {len(found)} exporters ready")
+
+    def show_error(self, kind: str, message: str, exit_code: int, trace: str = "") -> None:
+        """An error, on standard error; in JSON mode on standard output too, if nothing stands there yet."""
+        if trace:
+            self._err.print(trace, soft_wrap=True)
+        self._err.print(f"d2qconv: {message}", style="red" if self._err.is_terminal else None, soft_wrap=True)
+        if self._is_json and not self._has_emitted:
+            self._emit({"error": {"kind": kind, "message": message, "exit_code": exit_code}})
+
+    def _line(self, text: str = "") -> None:
+        self._out.print(text, soft_wrap=True)
+
+    def _pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
+        listed = list(pairs)
+        width = max((len(name) for name, _ in listed), default=0)
+        for name, value in listed:
+            self._line(f"{name:<{width}}  {value}")
+
+    def _checks(self, checks: Sequence[Check]) -> None:
+        for check in checks:
+            self._line(f"{'ok    ' if check.is_passed else 'FAILED'}  {check.name}: {check.detail}")
+
+    def _table(self, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold" if self._out.is_terminal else "")
+        for name in names:
+            table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self._out.print(table)
+
+    def _emit(self, facts: Mapping[str, Any]) -> None:
+        import msgspec
+
+        self._has_emitted = True
+        self._out.file.write(msgspec.json.encode(facts).decode() + "\n")
+
+
+RIGHT = ("n", "size", "bits/weight")
+
+
+def _plain(file: Any) -> RichConsole:
+    """A console without markup; wide where no terminal cuts it."""
+    console = RichConsole(file=file, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def size(n_bytes: float) -> str:
+    """`4.27 MB`, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `2 min 10 s`, `8 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _bits(tensor: TensorPlan, n_elements: int) -> str:
+    return f"{tensor.n_bytes * 8 / n_elements:.2f}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _n_elements(shape: tuple[int, ...]) -> int:
+    n = 1
+    for length in shape:
+        n *= length
+    return n
+
+
+def _each_tensor(target: TargetPlan) -> tuple[Sequence[str], list[Sequence[str]]]:
+    names = ("tensor", "stored as", "shape", "type", "bits/weight", "size", "note")
+    rows: list[Sequence[str]] = [
+        (
+            str(t.id),
+            t.stored_as,
+            _shape(t.shape),
+            t.type_name,
+            _bits(t, _n_elements(t.shape)),
+            f"{t.n_bytes:,}",
+            t.note,
+        )
+        for t in target.tensors
+    ]
+    return names, rows
+
+
+def _by_role(target: TargetPlan) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """One row for all tensors of a role that are stored alike."""
+    alike: dict[tuple[str, str, str], list[TensorPlan]] = {}
+    for tensor in target.tensors:
+        key = (f"{tensor.id.role}.{tensor.id.part}", _shape(tensor.shape), tensor.type_name)
+        alike.setdefault(key, []).append(tensor)
+    rows: list[Sequence[str]] = []
+    for (role, shape, type_name), tensors in alike.items():
+        notes = ", ".join(sorted({t.note for t in tensors if t.note}))
+        bits = _bits(tensors[0], _n_elements(tensors[0].shape))
+        rows.append(
+            (role, str(len(tensors)), shape, type_name, bits, size(sum(t.n_bytes for t in tensors)), notes)
+        )
+    return ("role", "n", "shape", "type", "bits/weight", "size", "note"), rows
+
+
+def _carrier(target: TargetPlan) -> str:
+    return f"{target.carrier}: {target.carrier_note}" if target.carrier_note else str(target.carrier)
+
+
+def _plan_pairs(planned: Planned) -> Iterator[tuple[str, str]]:
+    target = planned.target
+    yield "source", planned.checkpoint.source
+    yield "architecture", planned.desc.arch.id
+    yield "weights", f"{planned.n_weights:,}"
+    yield "mean shift", _carrier(target)
+    yield "loads in", ", ".join(target.loads_in)
+    for warning in target.warnings:
+        yield "warning", warning
+
+
+def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    """The lines of the closing summary."""
+    yield (
+        "KL divergence",
+        f"{outcome.kld:.4f} nats per token from the source, on {outcome.n_tokens:,} held-out tokens",
+    )
+    yield (
+        "perplexity",
+        f"{outcome.perplexity:.3f} (source {outcome.perplexity_source:.3f}), on the same tokens",
+    )
+    yield "same top token", f"{outcome.same_top:.1%} of them"
+    if outcome.errors:
+        worst = max(outcome.errors, key=lambda e: e.output)
+        yield "worst matrix", f"{worst.tensor}: relative squared error of its output {worst.output:.2e}"
+    yield from _fold_pairs(outcome.folds)
+    yield "loads in", ", ".join(outcome.loads_in)
+    yield "took", duration(outcome.seconds)
+
+
+def _fold_pairs(folds: Sequence[FoldRecord]) -> Iterator[tuple[str, str]]:
+    """One line for all blocks in which a correction was carried in the same way, with the largest residual."""
+    alike: dict[tuple[str, str, str], list[float]] = {}
+    for fold in folds:
+        alike.setdefault((fold.name, fold.carrier, fold.meaning), []).append(fold.residual)
+    for (name, carrier, meaning), residuals in alike.items():
+        yield (
+            name.replace("_", " "),
+            f"{carrier}, {len(residuals)} blocks, residual ≤ {max(residuals):.1e} ({meaning})",
+        )
+
+
+def _check_facts(check: Check) -> dict[str, Any]:
+    return {"name": check.name, "detail": check.detail, "is_passed": check.is_passed}
+
+
+def _exporter_facts(found: Found) -> dict[str, Any]:
+    info = found.info
+    return {
+        "name": found.name,
+        "summary": info.summary if info else "",
+        "origin": found.origin,
+        "is_ready": found.is_ready,
+        "state": found.state,
+        "architectures": list(info.architectures) if info else [],
+    }
+
+
+def plan_facts(planned: Planned) -> dict[str, Any]:
+    """A plan as JSON."""
+    target = planned.target
+    return {
+        "source": planned.checkpoint.source,
+        "architecture": planned.desc.arch.id,
+        "layout": target.layout,
+        "n_weights": planned.n_weights,
+        "n_bytes": target.n_bytes,
+        "bits_per_weight": planned.bits_per_weight,
+        "carrier": target.carrier,
+        "carrier_note": target.carrier_note,
+        "loads_in": target.loads_in,
+        "warnings": target.warnings,
+        "tensors": [
+            {
+                "id": str(t.id),
+                "stored_as": t.stored_as,
+                "shape": t.shape,
+                "type": t.type_name,
+                "n_bytes": t.n_bytes,
+                "note": t.note,
+            }
+            for t in target.tensors
+        ],
+    }
+
+
+def outcome_facts(outcome: Outcome) -> dict[str, Any]:
+    """What a conversion gave, as JSON."""
+    return {
+        "path": str(outcome.path),
+        "n_bytes": outcome.n_bytes,
+        "bits_per_weight": outcome.bits_per_weight,
+        "kld": outcome.kld,
+        "perplexity_source": outcome.perplexity_source,
+        "perplexity": outcome.perplexity,
+        "same_top": outcome.same_top,
+        "n_tokens": outcome.n_tokens,
+        "checks": [_check_facts(c) for c in outcome.checks],
+        "folds": [
+            {
+                "name": f.name,
+                "block": f.block,
+                "carrier": f.carrier,
+                "residual": f.residual,
+                "meaning": f.meaning,
+            }
+            for f in outcome.folds
+        ],
+        "errors": [{"tensor": e.tensor, "weight": e.weight, "output": e.output} for e in outcome.errors],
+        "loads_in": outcome.loads_in,
+        "fingerprint": outcome.fingerprint,
+        "seconds": outcome.seconds,
+    }
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", ", ".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", str(value)

@@ -1,0 +1,144 @@
+"""Which exporters are installed.
+
+An exporter is an entry point of the group `d2qconv.exporters` whose object is an `ExporterInfo`. Ours use the same
+door as anybody else's. An entry point that cannot be used is kept, with the reason, so that it can be shown; it
+never breaks another exporter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol, get_type_hints, runtime_checkable
+
+from d2qconv.errors import InputError, PluginError
+from d2qconv.export.base import ExporterInfo
+
+GROUP = "d2qconv.exporters"
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """An exporter that can also run its packages. Optional: `demo` uses it if it is there."""
+
+    def sample(self, path: Path, prompt: str) -> str:
+        """Continue `prompt` greedily with the package at `path`, in its own runtime.
+
+        Raises PluginError with the pip command if the runtime is not installed.
+        """
+
+
+@dataclass(frozen=True)
+class Found:
+    """One entry point. origin: distribution and version. info: None if it is broken, `reason` then says why."""
+
+    name: str
+    origin: str
+    info: ExporterInfo | None
+    reason: str = ""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the exporter can be used here and now."""
+        return self.info is not None and not missing(self.info)
+
+    @property
+    def state(self) -> str:
+        """`ready`, or what stands in the way."""
+        if self.info is None:
+            return f"broken: {self.reason}"
+        absent = missing(self.info)
+        return f"needs {', '.join(absent)}: pip install 'd2qconv[{self.info.extra}]'" if absent else "ready"
+
+
+def missing(info: ExporterInfo) -> tuple[str, ...]:
+    """The modules that the exporter requires and that are not installed. Imports none of them."""
+    return tuple(m for m in info.requires if find_spec(m) is None)
+
+
+def discover() -> tuple[Found, ...]:
+    """Every exporter entry point, by name."""
+    found = [_look(point) for point in entry_points(group=GROUP)]
+    names = [f.name for f in found]
+    return tuple(
+        sorted(
+            (
+                replace(
+                    f, info=None, reason=f"{names.count(f.name)} distributions give an exporter {f.name!r}"
+                )
+                if names.count(f.name) > 1
+                else f
+                for f in found
+            ),
+            key=lambda f: (f.name, f.origin),
+        )
+    )
+
+
+def find(name: str, found: Collection[Found]) -> ExporterInfo:
+    """The exporter of that name; raises PluginError."""
+    for candidate in found:
+        if candidate.name == name:
+            if candidate.info is None:
+                raise PluginError(f"the exporter is broken: {candidate.reason}", where=name)
+            return candidate.info
+    raise PluginError(f"no exporter is called {name!r}", todo=f"installed are: {_names(found)}")
+
+
+def first_ready(found: Collection[Found]) -> ExporterInfo:
+    """The first exporter, by name, that can be used here; raises PluginError."""
+    for candidate in found:
+        if candidate.info is not None and candidate.is_ready:
+            return candidate.info
+    states = "; ".join(f"{f.name} {f.state}" for f in found) or "none is installed"
+    raise PluginError(f"no exporter can be used: {states}")
+
+
+def for_file(path: Path, found: Collection[Found]) -> ExporterInfo:
+    """The exporter whose suffix the file has; raises InputError if that is not exactly one."""
+    fits = [f.info for f in found if f.info and f.info.suffix and path.name.endswith(f.info.suffix)]
+    if len(fits) != 1:
+        raise InputError(
+            f"{len(fits)} exporters write packages with such a name",
+            where=str(path),
+            todo=f"name the format with --format (installed are: {_names(found)})",
+        )
+    return fits[0]
+
+
+def _names(found: Collection[Found]) -> str:
+    return ", ".join(f.name for f in found) or "none"
+
+
+def _look(point: EntryPoint) -> Found:
+    origin = f"{point.dist.name} {point.dist.version}" if point.dist else "?"
+    try:
+        info = point.load()
+    except Exception as error:  # noqa: BLE001 somebody else's module may raise anything; the reason is shown
+        return Found(
+            point.name, origin, None, f"{point.value} does not import: {type(error).__name__}: {error}"
+        )
+    reason = _fault(point, info)
+    return Found(point.name, origin, None if reason else info, reason)
+
+
+def _fault(point: EntryPoint, info: object) -> str:
+    """What is wrong with an entry point's object, or an empty string."""
+    if not isinstance(info, ExporterInfo):
+        return f"{point.value} is a {type(info).__name__}, not an ExporterInfo"
+    if info.name != point.name:
+        return f"the entry point is called {point.name!r} and its ExporterInfo {info.name!r}"
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", info.name):
+        return f"{info.name!r} is no command name: lower-case letters, digits and hyphens"
+    if not dataclasses.is_dataclass(info.options):
+        return f"its options, {info.options.__name__}, are no dataclass"
+    try:
+        get_type_hints(info.options)
+    except Exception as error:  # noqa: BLE001 evaluates somebody else's annotations
+        return f"the types of its options cannot be looked up: {error}"
+    return ""

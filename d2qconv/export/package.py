@@ -1,0 +1,145 @@
+"""Putting a package in its place: whole, or not at all.
+
+A package is written beside its final name as `.NAME.HOST-PID.partial`, flushed to the disk, and renamed. Whatever
+stops the writer, the file that was there before stays as it was. A partial file that a killed run left behind is
+removed by the next run on the same host.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from d2qconv.errors import ExportError, InputError
+
+
+def check_output(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
+    """Refuse, before any work, an output that could not be written at its end.
+
+    n_bytes: size that the package will have, 0 if not known yet. A probe file is created and removed, since
+    permission bits do not tell (root, read-only mounts). Raises InputError.
+    """
+    try:
+        free = _probe(path, overwrite)
+    except OSError as error:
+        raise InputError(
+            f"the output cannot be written: {error.strerror}",
+            where=str(path),
+            todo="name a file in a folder that you may write to",
+        ) from error
+    if n_bytes > free:
+        raise InputError(
+            f"the package takes {n_bytes:,} bytes and the disk has {free:,} left",
+            where=str(path),
+            todo="make room, or name a file on another disk with -o",
+        )
+
+
+def _probe(path: Path, overwrite: bool) -> int:
+    """Bytes free where `path` will be, once a file could be made beside it."""
+    final = path.resolve()
+    if final.is_dir():
+        raise InputError("the output is a folder", where=str(path), todo="name a file with -o")
+    if final.exists() and not final.is_file():
+        raise InputError(
+            "the output is not a regular file", where=str(path), todo="name another file with -o"
+        )
+    if final.exists() and not overwrite:
+        raise InputError("the output exists", where=str(path), todo="name another file, or add --overwrite")
+    folder = final.parent
+    if not folder.is_dir():
+        raise InputError(
+            "the output's folder does not exist", where=str(folder), todo="make the folder first"
+        )
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=_partial(final).name + "."):
+        return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def atomic_output(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a name to write the package to; rename it to `path` if the body succeeds, remove it if not.
+
+    The name is in `path`'s own folder (a rename is atomic only within one file system). `path` may be a symbolic
+    link: what it points to is replaced. Raises InputError as `check_output` does, and ExportError for an OSError
+    of the body, a missing file, or a `path` that another process made meanwhile.
+    """
+    check_output(path, overwrite)
+    final = path.resolve()
+    _remove_stale(final)
+    partial = _partial(final)
+    try:
+        yield partial
+        _publish(partial, final, overwrite)
+    except OSError as error:
+        raise ExportError(
+            f"the package could not be written: {error.strerror or error}",
+            where=str(path),
+            todo="the same command goes on from the work directory, once the cause is removed",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, final: Path, overwrite: bool) -> None:
+    if not partial.is_file():
+        raise ExportError("the exporter wrote no file", where=str(final))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    if overwrite:
+        partial.replace(final)
+    else:
+        try:
+            # Unlike a rename, a link fails if the name is taken.
+            final.hardlink_to(partial)
+        except FileExistsError as error:
+            raise ExportError(
+                "another process wrote the output meanwhile",
+                where=str(final),
+                todo="name another file with -o",
+            ) from error
+        except OSError:
+            # No hard links on this file system (FAT, some network mounts).
+            partial.replace(final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{_host()}-{os.getpid()}.partial")
+
+
+def _remove_stale(final: Path) -> None:
+    """Remove partial files of this output whose process, on this host, is gone."""
+    pattern = re.compile(re.escape(f".{final.name}.{_host()}-") + r"(\d+)\.partial")
+    for sibling in final.parent.iterdir():
+        match = pattern.fullmatch(sibling.name)
+        if match and not _is_alive(int(match[1])):
+            sibling.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,261 @@
+"""The whole way: plan → calibrate → quantize → write → verify.
+
+Everything that can be refused is refused in `plan`, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from d2qconv import __version__
+from d2qconv.arch.bind import bind
+from d2qconv.arch.spec import Architecture, ModelDesc
+from d2qconv.calibrate.tokens import CalibrationTokens, check_spec, load_tokens
+from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
+from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
+from d2qconv.export.base import Carrier, Check, Exporter, ExporterInfo, FloatType, Package, Progress, TargetPlan
+from d2qconv.export.package import atomic_output, check_output
+from d2qconv.fold.corrections import FoldRecord
+from d2qconv.fold.rules import ScaleIntoRows, ShiftIntoBiases
+from d2qconv.ir.model import Provenance, QuantizedModel
+from d2qconv.ir.store import Store
+from d2qconv.names import Role
+from d2qconv.progress import Watch
+from d2qconv.run import CalibrationSpec, Recipe, RunSpec, describe
+from d2qconv.walk.model import Walk, WalkResult
+from d2qconv.walk.rounding import Rounder, TensorError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion, as asked for.
+
+    carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
+    work_dir: None for `<output>.work`.
+    """
+
+    model: str
+    exporter: ExporterInfo
+    options: object
+    output: Path
+    recipe: Recipe = Recipe()
+    calibration: CalibrationSpec = CalibrationSpec()
+    carrier: Carrier | None = None
+    device: str | None = None
+    work_dir: Path | None = None
+    revision: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done; nothing is refused."""
+
+    job: Job
+    checkpoint: Checkpoint
+    desc: ModelDesc
+    target: TargetPlan
+    exporter: Exporter
+    device: torch.device
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the source; a tied head counts once."""
+        return self.desc.n_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Predicted, all tensors included, metadata not."""
+        return 8 * self.target.n_bytes / self.n_weights
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done, in numbers. kld, perplexities and same_top: on the held-out sequences, by the float reference."""
+
+    path: Path
+    n_bytes: int
+    bits_per_weight: float
+    kld: float
+    perplexity_source: float
+    perplexity: float
+    same_top: float
+    n_tokens: int
+    checks: Sequence[Check]
+    folds: Sequence[FoldRecord]
+    errors: Sequence[TensorError]
+    loads_in: Sequence[str]
+    fingerprint: str
+    seconds: float
+
+
+def plan(job: Job) -> Planned:
+    """Open the checkpoint, choose every tensor's storage, refuse what cannot be done.
+
+    Reads headers and configs, no weights. Raises InputError, PlanError, PluginError.
+    """
+    device = choose_device(job.device)
+    checkpoint = open_checkpoint(job.model, revision=job.revision)
+    desc = bind(checkpoint)
+    check_spec(job.calibration, desc)
+    exporter = job.exporter.load(job.options)
+    target = exporter.plan(desc, job.carrier if job.recipe.dac else Carrier.NONE)
+    refuse([*target.refusals, *exporter.check_source(checkpoint), *_fold_refusals(desc.arch, job.recipe, target)])
+    return Planned(job, checkpoint, desc, target, exporter, device)
+
+
+def convert(job: Job, watch: Watch) -> Outcome:
+    """Do the job; the output appears whole and verified, or not at all. Raises any D2qError."""
+    started = time.monotonic()
+    planned = plan(job)
+    check_output(job.output, job.overwrite, planned.target.n_bytes)
+    for warning in planned.target.warnings:
+        watch.note(warning)
+    with _memory_as_run_error():
+        tokens = _calibration(planned, watch)
+        spec = _run_spec(planned, tokens)
+        store = _open_store(planned, spec)
+        walk = Walk(
+            planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch
+        )
+        result = walk.run()
+    model = QuantizedModel(planned.desc, store.tensors(), _provenance(planned, tokens, spec))
+    with atomic_output(job.output, overwrite=job.overwrite) as path:
+        watch.stage("write", len(planned.target.tensors))
+        package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
+        watch.stage("verify", len(planned.target.tensors))
+        checks = planned.exporter.verify(path, _steps(watch))
+        _require_passed(checks)
+    store.delete()
+    return _outcome(planned, package, checks, result, spec, time.monotonic() - started)
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """The device to compute on; raises InputError if it is not there."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            "no such device on this machine", where=f"--device {wanted}", todo="leave it out, or say cpu"
+        ) from error
+    return device
+
+
+def _fold_refusals(arch: Architecture, recipe: Recipe, target: TargetPlan) -> Iterator[Refusal]:
+    """What the architecture cannot fold although the recipe asks for it."""
+    if recipe.dsq:
+        yield from ScaleIntoRows().check(arch, Role.DOWN)
+    if target.carrier is Carrier.BIAS:
+        yield from ShiftIntoBiases().check(arch, Role.FFN_NORM)
+
+
+def _calibration(planned: Planned, watch: Watch) -> CalibrationTokens:
+    spec = planned.job.calibration
+    watch.stage("calibrate", spec.length)
+    tokens = load_tokens(
+        spec,
+        planned.checkpoint,
+        planned.desc,
+        device=planned.device,
+        on_step=lambda done: watch.step(done, f"sampling from {planned.checkpoint.source}"),
+    )
+    watch.step(spec.length, tokens.description)
+    for warning in tokens.warnings:
+        watch.note(warning)
+    return tokens
+
+
+def _run_spec(planned: Planned, tokens: CalibrationTokens) -> RunSpec:
+    return RunSpec(
+        version=__version__,
+        model=planned.checkpoint.digest(),
+        recipe=planned.job.recipe,
+        calibration=planned.job.calibration,
+        tokens=tokens.digest,
+        storage={str(t.id): t.type_name for t in planned.target.tensors},
+        carrier=planned.target.carrier.value,
+        device=planned.device.type,
+    )
+
+
+def _open_store(planned: Planned, spec: RunSpec) -> Store:
+    job = planned.job
+    folder = job.work_dir or job.output.with_name(job.output.name + ".work")
+    storages = [t.storage for t in planned.target.tensors]
+    grids = {s.id: s for s in storages if not isinstance(s, FloatType)}
+    return Store(folder, spec.fingerprint(), grids)
+
+
+def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec) -> Provenance:
+    column_scale = "rows of up" if planned.job.recipe.dsq else "none"
+    return Provenance(
+        version=__version__,
+        fingerprint=spec.fingerprint(),
+        source=planned.checkpoint.source,
+        source_license=planned.checkpoint.license,
+        recipe=describe(planned.job.recipe),
+        calibration=f"{tokens.description}, sha256 {tokens.digest}",
+        carriers={"mean_shift": planned.target.carrier_note, "column_scale": column_scale},
+    )
+
+
+def _require_passed(checks: Sequence[Check]) -> None:
+    failed = [f"{c.name}: {c.detail}" for c in checks if not c.is_passed]
+    if failed:
+        raise VerifyError(
+            "the package is not what the quantizer made: " + "; ".join(failed),
+            todo="nothing was kept; this is a bug, please report it with the command",
+        )
+
+
+def _outcome(
+    planned: Planned,
+    package: Package,
+    checks: Sequence[Check],
+    result: WalkResult,
+    spec: RunSpec,
+    seconds: float,
+) -> Outcome:
+    judged = result.divergence
+    return Outcome(
+        path=planned.job.output,
+        n_bytes=package.n_bytes,
+        bits_per_weight=8 * package.n_bytes / planned.n_weights,
+        kld=judged.mean_kl,
+        perplexity_source=judged.perplexity_source,
+        perplexity=judged.perplexity,
+        same_top=judged.same_top,
+        n_tokens=judged.n_tokens,
+        checks=checks,
+        folds=result.folds,
+        errors=result.errors,
+        loads_in=planned.target.loads_in,
+        fingerprint=spec.fingerprint(),
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _memory_as_run_error() -> Iterator[None]:
+    """Running out of memory is the user's to mend, not a bug."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RunError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}",
+            todo="use fewer or shorter calibration sequences (--sequences, --length)",
+        ) from error
+
+
+def _steps(watch: Watch) -> Progress:
+    """An exporter's progress as steps of the current stage."""
+    return lambda done, total, what: watch.step(done, what)

@@ -1,0 +1,124 @@
+"""DSQ, the Dual-Scale Quantizer (D²Quant, arXiv 2602.02546), for any grid.
+
+Ŵ = Q(W / c) · c with one c_j > 0 per input column. `ColumnScaled(grid)` is a grid itself: its levels are the inner
+grid's, times c_j. So the same sweep fits c at each block's first column, on the compensated weights, and freezes it.
+
+`fit` alternates two exact steps: the inner grid is fitted to W/c under importance·c², then c_j = ⟨q_j, w_j⟩ / ⟨q_j, q_j⟩
+with q_j the decoded column, the least-squares scale. The codes and parameters kept are the best seen.
+The package never holds c: a fold multiplies it into the rows of the matrix that makes this one's input.
+c has geometric mean 1 in every block (else it and the steps could drift apart until one underflows in f16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2qconv.errors import Refusal
+from d2qconv.grids.base import Exactness, Grid, Params
+from d2qconv.ir.coded import Coded
+
+#: Name of the column scales among the params, f32[1, n_blocks, block].
+SCALE = "column_scale"
+#: Rounds of alternation. Q2_K on the reference models: no change in the third digit of the loss after 3.
+N_ROUNDS = 3
+#: c stays within [1/LIMIT, LIMIT].
+LIMIT = 8.0
+
+
+@dataclass(frozen=True)
+class ColumnScaled:
+    """`inner` with a learned scale per input column."""
+
+    inner: Grid
+
+    @property
+    def id(self) -> str:
+        """`column_scaled(q2_k)`."""
+        return f"column_scaled({self.inner.id})"
+
+    @property
+    def block(self) -> int:
+        """As inner."""
+        return self.inner.block
+
+    @property
+    def group(self) -> int:
+        """As inner."""
+        return self.inner.group
+
+    @property
+    def step(self) -> int:
+        """As inner."""
+        return self.inner.step
+
+    @property
+    def levels(self) -> int:
+        """As inner."""
+        return self.inner.levels
+
+    @property
+    def bits_per_weight(self) -> float:
+        """As inner: the scales end up in another matrix's rows."""
+        return self.inner.bits_per_weight
+
+    def accepts(self, shape: Sequence[int]) -> Refusal | None:
+        """As inner."""
+        return self.inner.accepts(shape)
+
+    def fit(self, w: Tensor, importance: Tensor) -> Params:
+        """See the module. w: f32[n_out, block]; importance: f32[block]."""
+        best: Params = {}
+        best_loss = torch.inf
+        c = torch.ones_like(importance)
+        for round_number in range(N_ROUNDS + 1):
+            params = {**self.inner.fit(w / c, importance * c.square()), SCALE: c[None, None, :]}
+            q = self.inner.decode(self.inner.encode(w / c, params, 0), params, 0)
+            loss = float(((w - q * c).square().sum(0) * importance).sum())
+            if loss < best_loss:
+                best, best_loss = params, loss
+            if round_number < N_ROUNDS:
+                c = _least_squares_scale(w, q, c)
+        return best
+
+    def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:
+        """Inner refit of the scaled weights; c stays."""
+        first = group * self.group
+        c = params[SCALE][0, 0, first : first + self.group]
+        return self.inner.refit(params, group, w / c, importance * c.square())
+
+    def encode(self, w: Tensor, params: Params, col: int) -> Tensor:
+        """Inner codes of w/c."""
+        return self.inner.encode(w / params[SCALE][0, 0, col : col + w.shape[1]], params, col)
+
+    def decode(self, codes: Tensor, params: Params, col: int = 0) -> Tensor:
+        """Inner values times c, rounded to f32."""
+        q = self.inner.decode(codes, params, col)
+        return q * params[SCALE].reshape(-1)[col : col + q.shape[1]]
+
+    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
+        """As inner."""
+        scaled, exactness = self.inner.scale_rows(params, scale)
+        return {**scaled, SCALE: params[SCALE]}, exactness
+
+
+def split(coded: Coded) -> tuple[Coded, Tensor]:
+    """Take the column scales out: (the matrix on the inner grid, c f32[n_in]); decode = inner decode · c."""
+    grid = coded.grid
+    if not isinstance(grid, ColumnScaled):
+        raise TypeError(f"{grid.id} has no column scales")
+    params = {name: p for name, p in coded.params.items() if name != SCALE}
+    return Coded(grid.inner, coded.shape, coded.codes, params), coded.params[SCALE].reshape(-1)
+
+
+def _least_squares_scale(w: Tensor, q: Tensor, c: Tensor) -> Tensor:
+    """argmin_c Σ_i (w_ij − c_j q_ij)², geometric mean 1; columns without any positive fit keep their c."""
+    dot = (w * q).sum(0)
+    norm = q.square().sum(0)
+    is_good = (dot > 0) & (norm > 0)
+    fitted = torch.where(is_good, dot / torch.where(norm > 0, norm, torch.ones_like(norm)), c)
+    fitted = fitted / fitted.log().mean().exp()
+    return fitted.clamp(1 / LIMIT, LIMIT)

@@ -1,0 +1,218 @@
+"""Reads a GGUF with gguf-py alone: container by `GGUFReader`, values by `gguf.quants.dequantize`.
+
+Nothing of our grids or codecs is used, so what is read here is an independent opinion on what was written. Files may
+be hostile: before gguf-py sees one, its header is walked once with every count, length and offset bounded by the
+file's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+
+from d2qconv.errors import VerifyError
+
+_T = TypeVar("_T", int, float, str, bool)
+
+_MAGIC = b"GGUF"
+_STRING, _ARRAY = 8, 9
+#: bytes of a metadata value by its GGUFValueType
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_MAX_DIMS = 4
+_BROKEN = (ValueError, KeyError, IndexError, TypeError, OverflowError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the container has it: shape rows first, type by ggml, bytes u8[...] mapped from the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    n_bytes: int
+    data: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """Decoded values, f32[shape], rows in the file's order."""
+        try:
+            decoded = dequantize(self.data, self.type)
+        except (*_BROKEN, NotImplementedError) as error:
+            raise VerifyError(f"cannot be decoded as {self.type.name}: {error}", where=self.name) from error
+        return np.ascontiguousarray(decoded, dtype=np.float32).reshape(self.shape)
+
+    def digest(self) -> str:
+        """SHA-256 of `values`, little endian."""
+        return hashlib.sha256(self.values().astype("<f4", copy=False).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """Metadata and tensors of one file. keys: values as Python has them; types: `UINT32`, `ARRAY/STRING`, …"""
+
+    path: Path
+    keys: Mapping[str, Any]
+    types: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`; raises VerifyError if there is none."""
+        return self.need("general.architecture", str)
+
+    def need(self, key: str, kind: type[_T]) -> _T:
+        """A key that must be there, of that Python type; raises VerifyError."""
+        value = self.get(key, kind)
+        if value is None:
+            raise VerifyError(f"has no key {key}", where=str(self.path))
+        return value
+
+    def get(self, key: str, kind: type[_T]) -> _T | None:
+        """A key's value or None; raises VerifyError if it has another type."""
+        value = self.keys.get(key)
+        if value is None:
+            return None
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return kind(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise VerifyError(f"{key} is {value!r:.80}, not {kind.__name__}", where=str(self.path))
+        return value
+
+
+def read(path: Path) -> GgufFile:
+    """Open a GGUF; raises VerifyError for anything that is not a whole, well-formed, little-endian one."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Walk(path, data).run()
+        reader = GGUFReader(path)
+        fields = {n: f for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+        keys = {name: field.contents() for name, field in fields.items()}
+    except OSError as error:
+        raise VerifyError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    except VerifyError:
+        raise
+    except _BROKEN as error:
+        raise VerifyError(f"is not a whole GGUF: {error or type(error).__name__}", where=str(path)) from error
+    types = {name: tuple(int(t) for t in field.types) for name, field in fields.items()}
+    tensors = {
+        t.name: StoredTensor(
+            t.name, tuple(int(n) for n in reversed(t.shape.tolist())), t.tensor_type, int(t.n_bytes), t.data
+        )
+        for t in reader.tensors
+    }
+    return GgufFile(path, keys, types, tensors)
+
+
+def to_torch(tensor: StoredTensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Decoded values, f32, rows picked by `order` if given."""
+    found = tensor.values()
+    # an f32 tensor is still the file itself, which nobody may write to
+    values = torch.from_numpy(found if found.flags.writeable else found.copy())
+    return values if order is None else values[order]
+
+
+class _Walk:
+    """One pass over a GGUF header that reads nothing beyond the file and builds nothing."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.at = 0
+        self.alignment = 32
+
+    def run(self) -> None:
+        """Walk keys and tensor infos, and check that every tensor's bytes lie in the file."""
+        if self.data[:4] != _MAGIC:
+            raise self._bad("does not begin with GGUF")
+        self.at = 4
+        version, n_tensors, n_keys = self._take("<IQQ")
+        if version not in (2, 3):
+            raise self._bad(f"version {version} is not 2 or 3 (or the file is big-endian)")
+        for _ in range(self._count(n_keys, 12)):
+            key = self._string()
+            (kind,) = self._take("<I")
+            start = self.at
+            self._value(kind, 0)
+            if key == b"general.alignment" and kind == 4:
+                (self.alignment,) = struct.unpack_from("<I", self.data, start)
+        if self.alignment == 0 or self.alignment & (self.alignment - 1):
+            raise self._bad(f"alignment {self.alignment} is not a power of two")
+        spans = [self._tensor() for _ in range(self._count(n_tensors, 24))]
+        base = -(-self.at // self.alignment) * self.alignment
+        taken = sorted((base + offset, base + offset + size, name) for offset, size, name in spans)
+        for (start, end, name), follower in zip(taken, [*taken[1:], None], strict=True):
+            if start % self.alignment or end > len(self.data):
+                raise self._bad(f"{name}: bytes {start}…{end} are not in the file of {len(self.data)} bytes")
+            if follower is not None and end > follower[0]:
+                raise self._bad(f"{name} and {follower[2]} overlap")
+
+    def _bad(self, what: str) -> VerifyError:
+        return VerifyError(f"is not a whole GGUF: {what}", where=str(self.path), todo="write the file again")
+
+    def _skip(self, n: int) -> int:
+        start, self.at = self.at, self.at + n
+        if self.at > len(self.data):
+            raise self._bad(f"ends at byte {len(self.data)}, inside its header")
+        return start
+
+    def _take(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack_from(layout, self.data, self._skip(struct.calcsize(layout)))
+
+    def _count(self, n: int, least: int) -> int:
+        """n items of at least `least` bytes each, if the rest of the file can hold them."""
+        if n * least > len(self.data) - self.at:
+            raise self._bad(f"announces {n} items at byte {self.at}, more than it holds")
+        return n
+
+    def _string(self) -> bytes:
+        (length,) = self._take("<Q")
+        start = self._skip(length)
+        return self.data[start : start + length]
+
+    def _value(self, kind: int, depth: int) -> None:
+        if kind == _STRING:
+            self._string()
+        elif kind == _ARRAY and depth == 0:
+            item, length = self._take("<IQ")
+            if item in _SIZES:
+                self._skip(length * _SIZES[item])
+                return
+            for _ in range(self._count(length, 8)):
+                self._value(item, 1)
+        elif kind in _SIZES:
+            self._skip(_SIZES[kind])
+        else:
+            raise self._bad(f"metadata of unknown type {kind} at byte {self.at}")
+
+    def _tensor(self) -> tuple[int, int, str]:
+        """Offset, bytes and name of the next tensor."""
+        name = self._string().decode("utf-8", "replace")
+        (n_dims,) = self._take("<I")
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise self._bad(f"{name} has {n_dims} dimensions")
+        shape: Sequence[int] = self._take(f"<{n_dims}Q")
+        kind, offset = self._take("<IQ")
+        if kind not in {int(t) for t in GGML_QUANT_SIZES}:
+            raise self._bad(f"{name} has ggml type {kind}, which gguf-py does not know")
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if shape[0] % block or 0 in shape:
+            raise self._bad(f"{name}: shape {tuple(shape)} does not fit {GGMLQuantizationType(kind).name}")
+        return offset, math.prod(shape) // block * size, name
+
+
+def bits_per_weight(tensors: Sequence[StoredTensor]) -> float:
+    """Stored bits per element over some tensors."""
+    n = sum(math.prod(t.shape) for t in tensors)
+    return 8 * sum(t.n_bytes for t in tensors) / n if n else 0.0
+
+

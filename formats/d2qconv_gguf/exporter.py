@@ -1,0 +1,226 @@
+"""The GGUF exporter: plan, write, verify, inspect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.dense import Dense
+from d2qconv.errors import ExportError, Refusal
+from d2qconv.export.base import Carrier, Check, FloatType, Package, Progress, TargetPlan, TensorPlan
+from d2qconv.grids.base import Grid
+from d2qconv.ir.model import QuantizedModel
+from d2qconv.names import Part, Role, TensorId
+from d2qconv_gguf import GgufOptions, base_gguf, types, writer
+from d2qconv_gguf.container import GgufFile, bits_per_weight, read
+from d2qconv_gguf.metadata import KV, metadata_refusals, model_metadata, provenance_metadata, rope_freqs
+from d2qconv_gguf.names import (
+    LAYOUTS,
+    NO_CARRIER,
+    RELABEL_NOTE,
+    ROPE_FREQS,
+    WAYS,
+    Layout,
+    gguf_name,
+    layout_refusals,
+)
+from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals
+from d2qconv_gguf.verify import verify_file
+
+if TYPE_CHECKING:
+    from d2qconv.checkpoint.open import Checkpoint
+
+_ENDS = (Role.FINAL_NORM, Role.HEAD)
+_NORMS = (Role.ATTN_NORM, Role.Q_NORM, Role.K_NORM, Role.FFN_NORM, Role.FINAL_NORM)
+LOADS_IN = ("llama.cpp", "and what is built on it: ollama, LM Studio, llama-cpp-python, …")
+
+
+class GgufExporter:
+    """Writes one GGUF file for stock llama.cpp."""
+
+    def __init__(self, options: GgufOptions) -> None:
+        self.options = options
+
+    def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
+        """Decide storage, layout and carrier; see `Exporter`.
+
+        With `base_gguf` the checkpoint's weights are read and compared with those of that file.
+        """
+        refusals = [*self._option_refusals()]
+        ways = WAYS.get(model.arch.id)
+        if ways is None:
+            why = f"no GGUF layout for architecture {model.arch.id}; there are ones for {', '.join(WAYS)}"
+            return TargetPlan("", (), Carrier.NONE, "", (), (*refusals, Refusal("architecture", why)))
+        chosen = carrier or next(iter(ways))
+        if chosen not in ways:
+            why = f"not for {model.arch.id}: {NO_CARRIER[model.arch.id]}"
+            refusals.append(Refusal(f"carrier {chosen}", why, f"use {' or '.join(ways)}"))
+            chosen = next(iter(ways))
+        layout = ways[chosen]
+        shapes = _shapes(model, chosen)
+        refusals += layout_refusals(layout, shapes, model.dims)
+        refusals += metadata_refusals(model, layout.name)
+        tensors: list[TensorPlan] = []
+        for tensor in _file_order(shapes):
+            planned = self._tensor(tensor, shapes[tensor])
+            tensors += [planned] if isinstance(planned, TensorPlan) else []
+            refusals += [planned] if isinstance(planned, Refusal) else []
+        if self.options.base_gguf is not None:
+            refusals += base_gguf.refusals(self.options.base_gguf, model, layout)
+        return TargetPlan(
+            layout=layout.name,
+            tensors=tuple(tensors),
+            carrier=chosen,
+            carrier_note=_carrier_note(model, layout, chosen),
+            loads_in=LOADS_IN,
+            refusals=tuple(refusals),
+            warnings=_warnings(model, layout),
+        )
+
+    def check_source(self, checkpoint: Checkpoint) -> list[Refusal]:
+        """Why this checkpoint's tokenizer cannot be written; nothing if it comes from `base_gguf`."""
+        return [] if self.options.base_gguf is not None else list(tokenizer_refusals(checkpoint))
+
+    def write(
+        self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
+    ) -> Package:
+        """Write the file; see `Exporter`."""
+        if plan.refusals or plan.layout not in LAYOUTS:
+            raise ExportError("this plan was refused", where=str(path))
+        layout = LAYOUTS[plan.layout]
+        made = [*writer.entries(model, plan, layout), *_rope_entry(model.desc)]
+        keys = self._keys(model.desc, checkpoint, layout)
+        digests = writer.digest_all(made, progress)
+        keys += provenance_metadata(model.provenance, digests)
+        size = writer.write_file(path, layout.name, keys, made, progress)
+        return Package(path, size, digests)
+
+    def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
+        """Check a written file with gguf-py and llama.cpp; see `Exporter`."""
+        return verify_file(path, progress)
+
+    def inspect(self, path: Path) -> Mapping[str, Any]:
+        """Facts of a GGUF; see `Exporter`. Reads no weights. Raises VerifyError if it is none."""
+        return _facts(read(path))
+
+    def _keys(self, desc: ModelDesc, checkpoint: Checkpoint, layout: Layout) -> list[KV]:
+        file_type = types.FILE_TYPES[self.options.type]
+        ours = model_metadata(
+            desc,
+            layout=layout.name,
+            file_type=file_type,
+            name=checkpoint.source.rstrip("/").rsplit("/", 1)[-1],
+            license_id=checkpoint.license,
+        )
+        if self.options.base_gguf is not None:
+            return base_gguf.keys(self.options.base_gguf, layout, ours)
+        return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
+
+    def _option_refusals(self) -> list[Refusal]:
+        asked = {"type": self.options.type, "embedding": self.options.embedding, "output": self.options.output}
+        return [
+            Refusal(f"option {name}", f"{value!r} is not a storage type", f"use one of {', '.join(types.names())}")
+            for name, value in asked.items()
+            if types.storage(value) is None
+        ]
+
+    def _tensor(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal | None:
+        """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
+        stored = self._storage(tensor)
+        if stored is None:
+            return None
+        refusal = types.shape_refusal(str(tensor), stored, shape)
+        if refusal is not None:
+            return refusal
+        return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
+
+    def _storage(self, tensor: TensorId) -> Grid | FloatType | None:
+        """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""
+        if tensor.part is Part.BIAS or tensor.role in _NORMS:
+            return FloatType.F32
+        asked = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.output}
+        return types.storage(asked.get(tensor.role, self.options.type))
+
+
+def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...]]:
+    """Every tensor of the file: those of the checkpoint, and the biases that will carry the mean shift."""
+    shapes = {tensor: dense.shape for tensor, dense in model.tensors.items()}
+    coupling = model.arch.coupling("shift", Role.FFN_NORM)
+    if carrier is Carrier.BIAS and coupling is not None:
+        for block in range(model.dims.n_layers):
+            for role in coupling.absorbs:
+                n_out = shapes[TensorId(role, block)][0]
+                shapes.setdefault(TensorId(role, block, Part.BIAS), (n_out,))
+    return shapes
+
+
+def _file_order(shapes: Mapping[TensorId, tuple[int, ...]]) -> list[TensorId]:
+    """Embedding, blocks in the order in which they run, final norm, head."""
+    roles = list(Role)
+
+    def place(tensor: TensorId) -> tuple[int, int, int, str]:
+        block = -1 if tensor.block is None else tensor.block
+        return int(tensor.role in _ENDS), block, roles.index(tensor.role), tensor.part != Part.WEIGHT and "b" or ""
+
+    return sorted(shapes, key=place)
+
+
+def _carrier_note(model: ModelDesc, layout: Layout, carrier: Carrier) -> str:
+    notes = {
+        Carrier.BIAS: "ffn_gate.bias and ffn_up.bias, exact",
+        Carrier.RANK1: "rank-1 change of ffn_gate and ffn_up before quantization, no extra tensor",
+        Carrier.NONE: "not carried",
+    }
+    relabelled = f"; {RELABEL_NOTE}" if _is_relabelled(model, layout) else ""
+    return notes[carrier] + relabelled
+
+
+def _is_relabelled(model: ModelDesc, layout: Layout) -> bool:
+    """Whether llama.cpp has a layout of the model's own and this is another."""
+    return model.arch.id in LAYOUTS and model.arch.id != layout.name
+
+
+def _warnings(model: ModelDesc, layout: Layout) -> tuple[str, ...]:
+    return (f"{model.arch.id} is {RELABEL_NOTE}",) if _is_relabelled(model, layout) else ()
+
+
+def _rope_entry(desc: ModelDesc) -> list[writer.Entry]:
+    """Llama 3's RoPE factors, a tensor of the file that no checkpoint holds."""
+    factors = rope_freqs(desc)
+    if factors is None:
+        return []
+    shape = tuple(factors.shape)
+    return [writer.Entry(ROPE_FREQS, shape, "f32", types.n_bytes(FloatType.F32, shape), Dense.of(torch.from_numpy(factors)))]
+
+
+def _facts(file: GgufFile) -> dict[str, Any]:
+    """What a person wants to know of a GGUF."""
+    arch = file.architecture
+    matrices = [t for t in file.tensors.values() if len(t.shape) > 1]
+    linears = [t for t in matrices if t.name.startswith("blk.")]
+    counts = Counter(t.type.name.lower() for t in file.tensors.values())
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[tensor.type.name.lower()] += tensor.n_bytes
+    own = {k: v for k, v in file.keys.items() if k.startswith("d2qconv.") and not isinstance(v, list)}
+    shift = [n for n in file.tensors if n.endswith(("ffn_gate.bias", "ffn_up.bias"))]
+    return {
+        "layout": arch,
+        "name": file.keys.get("general.name", ""),
+        "blocks": file.keys.get(f"{arch}.block_count"),
+        "context_length": file.keys.get(f"{arch}.context_length"),
+        "embedding_length": file.keys.get(f"{arch}.embedding_length"),
+        "tokenizer": f"{file.keys.get('tokenizer.ggml.model', '')} {file.keys.get('tokenizer.ggml.pre', '')}".strip(),
+        "file_bytes": file.path.stat().st_size,
+        "tensors": dict(counts),
+        "bytes": dict(sizes),
+        "bits_per_weight": round(bits_per_weight(list(file.tensors.values())), 4),
+        "bits_per_weight_in_blocks": round(bits_per_weight(linears), 4),
+        "ffn_biases": len(shift),
+        "provenance": own,
+    }

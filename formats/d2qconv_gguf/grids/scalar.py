@@ -1,0 +1,139 @@
+"""What the scalar grids of ggml have in common: decode = step · (code - zero) - offset, one code a column.
+
+A subclass says its numbers and turns params into (step, offset) per group, in f32 and in ggml's own order of
+operations. In every type here the products step · (code - zero) and the inner products d·sc, dmin·m are exact in f32
+(11-bit significand of f16, at most 6 bits of scale, at most 8 of code), so that only the subtraction rounds and fused
+multiply-adds change nothing: CPU, CUDA, llama.cpp and gguf-py agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2qconv.errors import Refusal, RunError
+from d2qconv.grids.base import Exactness, Params
+from d2qconv_gguf.grids.problem import F16_MAX
+
+
+class ScalarGrid:
+    """Base of the grids here. Subclasses define `affine`, `fit`, and `refit` where they have inner parameters.
+
+    id, block, group, levels: see `d2qconv.grids.base.Grid`. zero: the code that stands for 0 steps.
+    block_bytes: bytes of one stored block. super_names: the f16 parameters that scale with a row.
+    """
+
+    id: str
+    block: int
+    group: int
+    levels: int
+    zero: int = 0
+    block_bytes: int
+    super_names: tuple[str, ...] = ("d",)
+    step: int = 1
+
+    def __repr__(self) -> str:
+        """`<grid q2_k>`."""
+        return f"<grid {self.id}>"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, parameters included."""
+        return 8 * self.block_bytes / self.block
+
+    def accepts(self, shape: Sequence[int]) -> Refusal | None:
+        """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
+        where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
+        if len(shape) != 2:
+            return Refusal(where, "only matrices can be quantized", "store this tensor as f32 or f16")
+        n_out, n_in = shape
+        if n_out < 1 or n_in < 1:
+            return Refusal(where, "the matrix is empty", "check the checkpoint's config against its tensors")
+        if n_in % self.block == 0:
+            return None
+        why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"
+        if n_in % 32 == 0:
+            return Refusal(where, why, "use q4_0 or q8_0, whose blocks have 32 columns")
+        return Refusal(where, why, "no quantized type here fits; store this tensor as f16")
+
+    def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
+        """(step, offset) of some groups of some blocks: f32[n_out or 1, n_blocks, n_groups]; offset None for 0."""
+        raise NotImplementedError
+
+    def fit(self, w: Tensor, importance: Tensor) -> Params:
+        """See `Grid.fit`."""
+        raise NotImplementedError
+
+    def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:  # noqa: ARG002
+        """`params` itself: this type has no inner parameters."""
+        return params
+
+    def encode(self, w: Tensor, params: Params, col: int) -> Tensor:
+        """Codes u8[n_out, n] of the columns col .. col+n of one block (w: f32[n_out, n]); see `Grid.encode`.
+
+        clamp(round((w + offset) / step) + zero), in f32; ties go to the even number of steps. Where the step is 0
+        all codes decode alike and the code is `zero`.
+        """
+        step, offset = self._columns(params, col, w.shape[1])
+        r = w.reshape(w.shape[0], step.shape[1], -1)
+        if offset is not None:
+            r = r + offset
+        q = torch.round(r / torch.where(step == 0, torch.inf, step))
+        q = q.clamp_(-self.zero, self.levels - 1 - self.zero).add_(self.zero)
+        return q.reshape(w.shape).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params, col: int = 0) -> Tensor:
+        """Values f32[n_out, n] of codes u8[n_out, n]; see `Grid.decode`."""
+        step, offset = self._columns(params, col, codes.shape[1])
+        values = codes.reshape(codes.shape[0], step.shape[1], -1).to(torch.float32)
+        if self.zero:
+            values.sub_(self.zero)
+        values.mul_(step)
+        if offset is not None:
+            values.sub_(offset)
+        return values.reshape(codes.shape)
+
+    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
+        """Multiply d (and dmin) by scale_i, rounded to f16; see `Grid.scale_rows`.
+
+        The reported error is max |stored / wanted - 1| over all d (and dmin) that are not zero. It is at most 2^-11,
+        except below 6.1e-5, where f16 has fewer bits: up to 1 if a tiny d vanishes.
+        Raises RunError if a product is larger than f16 can hold.
+        """
+        factor = scale.to(torch.float32)[:, None]
+        scaled = dict(params)
+        worst = 0.0
+        for name in self.super_names:
+            wanted = params[name].to(torch.float32) * factor
+            stored = wanted.to(torch.float16)
+            if not bool(torch.isfinite(stored).all()):
+                raise RunError(
+                    f"a row scale makes {name} {wanted.abs().max().item():.3g}, but f16 ends at {F16_MAX:.0f}",
+                    where=self.id,
+                    todo="the matrix or the scale has an outlier; leave the scale out or store the matrix as f16",
+                )
+            relative = torch.where(wanted == 0, 0.0, (stored.to(torch.float32) - wanted) / wanted)
+            worst = max(worst, relative.abs().max().item() if relative.numel() else 0.0)
+            scaled[name] = stored
+        return scaled, Exactness(worst)
+
+    def _columns(self, params: Params, col: int, n: int) -> tuple[Tensor, Tensor | None]:
+        """(step, offset) for the columns col .. col+n, each f32[n_out or 1, k, 1]: k equal runs of columns."""
+        first = 0
+        if params["d"].shape[1] == 1:
+            first, last = col // self.group, (col + n - 1) // self.group + 1
+            step, offset = self.affine(params, slice(0, 1), slice(first, last))
+        else:
+            step, offset = self.affine(params, slice(None), slice(None))
+        start = col - first * self.group
+        return self._runs(step, start, n), None if offset is None else self._runs(offset, start, n)
+
+    def _runs(self, per_group: Tensor, start: int, n: int) -> Tensor:
+        """f32[n_out, n_blocks, n_groups] to f32[n_out, k, 1] for columns start .. start+n."""
+        flat = per_group.flatten(1)
+        is_whole = start == 0 and n == flat.shape[1] * self.group
+        if flat.shape[1] > 1 and not is_whole:
+            flat = flat.repeat_interleave(self.group, dim=1)[:, start : start + n]
+        return flat[:, :, None]

@@ -1,0 +1,100 @@
+"""Q3_K, Q4_0 and Q8_0: decode = step · (code - zero), the step of either sign.
+
+Parameters: `d` f16[n_out, n_blocks], which may be negative; Q3_K also `sc` u8[n_out, n_blocks, 16], 0..63, as stored,
+which stands for sc - 32. Source of the values: dequantize_row_q3_K, _q4_0 and _q8_0 in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2qconv.grids.base import Params
+from d2qconv_gguf.grids.problem import Problem, row_chunks
+from d2qconv_gguf.grids.scalar import ScalarGrid
+from d2qconv_gguf.grids.symmetric_search import (
+    SymmetricShape,
+    choose_inner,
+    fit_block,
+    fit_single,
+    signed_fit,
+)
+
+
+class Q3K(ScalarGrid):
+    """3-bit codes, signed 6-bit sc per 16 columns: 110 bytes per 256. decode = d·(sc - 32)·(code - 4)."""
+
+    id = "q3_k"
+    block, group, levels, zero, block_bytes = 256, 16, 8, 4, 110
+    search = SymmetricShape(4, tuple(2.0 + 0.19 * k for k in range(16)))
+
+    def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Give step = d·(sc - 32), exact in f32."""
+        sc = params["sc"][:, blocks, groups].to(torch.float32) - 32
+        return params["d"][:, blocks, None].to(torch.float32) * sc, None
+
+    def fit(self, w: Tensor, importance: Tensor) -> Params:
+        """See `Grid.fit` and `symmetric_search`."""
+        ds, scs = [], []
+        for rows in row_chunks(w):
+            p = Problem.make(w[rows], importance, self.group)
+            found = fit_block(p, self.search)
+            ds.append(p.f16(found.d)[:, None])
+            scs.append((found.sc.t()[:, None] + 32).to(torch.uint8))
+        return {"d": torch.cat(ds), "sc": torch.cat(scs)}
+
+    def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:
+        """Choose sc of one group again under the given d; see `Grid.refit`.
+
+        Candidates are the integers around the best step of either sign and the present one, compared by the true
+        weighted error: it never grows.
+        """
+        chosen = []
+        for rows in row_chunks(w):
+            p = Problem.make(w[rows], importance, self.group)
+            d = params["d"][rows, 0].to(torch.float32) / p.scale
+            steps = tuple(signed_fit(p, self.search, sign).step for sign in (1, -1))
+            error, sc = choose_inner(p, d, steps, self.zero)
+            old = params["sc"][rows, :, group].t().to(torch.float32) - 32
+            old_error = p.residual((old * d)[None], None, -self.zero, self.zero - 1)[0]
+            chosen.append(torch.where(error < old_error, sc, old)[0] + 32)
+        new = params["sc"].clone()
+        new[:, 0, group] = torch.cat(chosen).to(torch.uint8)
+        return {**params, "sc": new}
+
+
+class SingleStep(ScalarGrid):
+    """Base of Q4_0 and Q8_0: one f16 step per 32 columns."""
+
+    search: SymmetricShape
+
+    def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        """Give step = d."""
+        return params["d"][:, blocks, None].to(torch.float32), None
+
+    def fit(self, w: Tensor, importance: Tensor) -> Params:
+        """See `Grid.fit` and `symmetric_search`."""
+        ds = []
+        for rows in row_chunks(w):
+            p = Problem.make(w[rows], importance, self.group)
+            ds.append(p.f16(fit_single(p, self.search))[:, None])
+        return {"d": torch.cat(ds)}
+
+
+class Q40(SingleStep):
+    """4-bit codes: 18 bytes per 32. decode = d·(code - 8)."""
+
+    id = "q4_0"
+    block, group, levels, zero, block_bytes = 32, 32, 16, 8, 18
+    search = SymmetricShape(8, tuple(5.0 + 0.2 * k for k in range(20)))
+
+
+class Q80(SingleStep):
+    """8-bit codes: 34 bytes per 32. decode = d·(code - 128); the file holds code - 128 as i8.
+
+    ggml's own quantizer never writes -128; every reader knows it.
+    """
+
+    id = "q8_0"
+    block, group, levels, zero, block_bytes = 32, 32, 256, 128, 34
+    search = SymmetricShape(128, tuple(120.0 + 0.57 * k for k in range(16)))

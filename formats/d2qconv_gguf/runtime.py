@@ -1,0 +1,158 @@
+"""A stock llama.cpp (the wheel `cyllama`) as a judge of written files: loads on the CPU, gives logits and text.
+
+llama.cpp's CPU kernels round activations to 8 bits for quantized weights and to f16 for f16 weights, so its logits
+are near those of a float reference and never equal. The KV cache is kept in f32 here, and flash attention is off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from d2qconv.errors import PluginError, VerifyError
+
+_F32 = 0
+
+
+
+def is_installed() -> bool:
+    """Whether the runtime can be imported."""
+    return importlib.util.find_spec("cyllama") is not None
+
+
+class LlamaCpp:
+    """One GGUF, loaded. A context manager; llama.cpp's log is kept off stderr.
+
+    n_context: tokens of the longest sequence. Raises VerifyError if llama.cpp refuses the file, with its own words,
+    and PluginError if cyllama is not installed.
+    """
+
+    def __init__(self, path: Path, *, n_context: int = 512, n_threads: int = 1) -> None:
+        self._api = _import()
+        self.n_context = n_context
+        log: list[str] = []
+        self._api.set_log_callback(lambda level, text: log.append(text) if level >= 3 else None)
+        try:
+            params = self._api.LlamaModelParams()
+            params.n_gpu_layers = 0
+            self._model = _model_class(self._api)(str(path), params)
+            self._context = self._api.LlamaContext(self._model, self._context_params(n_threads))
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            said = "".join(log).strip() or str(error)
+            raise VerifyError(f"llama.cpp does not load it: {said[-600:]}", where=str(path)) from error
+        finally:
+            # A Python callback that outlives the interpreter crashes it.
+            self._api.disable_logging()
+        self._vocab = self._model.get_vocab()
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._context.close()
+        self._model.close()
+
+    @staticmethod
+    def version() -> str:
+        """Which build of llama.cpp, as far as the wheel says it."""
+        api = _import()
+        return f"cyllama, ggml {api.ggml_version()} ({api.ggml_commit()})"
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens."""
+        return int(self._vocab.n_vocab)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a text, None if the file names none."""
+        token = int(self._vocab.token_bos())
+        return token if 0 <= token < self.n_vocab else None
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Tokens of a text. add_special: with BOS where the file asks for it."""
+        return [int(t) for t in self._vocab.tokenize(text, add_special, parse_special)]
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones spelled out."""
+        return str(self._vocab.detokenize(list(tokens), unparse_special=True))
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after each token of one sequence, f32[n_tokens, vocab]."""
+        if not 0 < len(tokens) <= self.n_context:
+            raise ValueError(f"{len(tokens)} tokens in a context of {self.n_context}")
+        self._context.kv_cache_clear()
+        self._decode(tokens, 0, is_all=True)
+        rows = [np.array(self._context.get_logits_ith(i), dtype=np.float32) for i in range(len(tokens))]
+        return np.stack(rows)
+
+    def sample(self, tokens: Sequence[int], n: int, seed: int | None = None) -> list[int]:
+        """`n` tokens that follow `tokens`: the likeliest ones, or drawn at temperature 1 with a seed.
+
+        Goes on after an end of text, so that `n` tokens come back.
+        """
+        rng = np.random.default_rng(seed)
+        self._context.kv_cache_clear()
+        self._decode(tokens, 0, is_all=False)
+        made: list[int] = []
+        while len(made) < n:
+            if made:
+                self._decode(made[-1:], len(tokens) + len(made) - 1, is_all=False)
+            logits = np.array(self._context.get_logits_ith(-1), dtype=np.float64)
+            made.append(int(logits.argmax()) if seed is None else _draw(logits, rng))
+        return made
+
+    def generate(self, prompt: str, n: int, seed: int | None = None) -> str:
+        """The prompt's continuation by `n` tokens."""
+        return self.detokenize(self.sample(self.tokenize(prompt, add_special=True), n, seed))
+
+    def _context_params(self, n_threads: int) -> Any:
+        params = self._api.LlamaContextParams()
+        params.n_ctx = params.n_batch = params.n_ubatch = self.n_context
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = _F32
+        params.flash_attn_type = 0
+        return params
+
+    def _decode(self, tokens: Sequence[int], start: int, *, is_all: bool) -> None:
+        """Run tokens at positions start…; logits of all of them, or of the last alone."""
+        batch = self._api.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
+        for i, token in enumerate(tokens):
+            batch.add(int(token), start + i, [0], is_all or i == len(tokens) - 1)
+        try:
+            self._context.decode(batch)
+        except (ValueError, RuntimeError) as error:
+            raise VerifyError(f"llama.cpp cannot run it: {error}") from error
+
+
+def _draw(logits: np.ndarray, rng: np.random.Generator) -> int:
+    p = np.exp(logits - logits.max())
+    return int(rng.choice(len(p), p=p / p.sum()))
+
+
+def _import() -> Any:
+    if not is_installed():
+        raise PluginError("the runtime check needs cyllama", todo="pip install 'd2qconv[verify]'")
+    from cyllama.llama import llama_cpp
+
+    llama_cpp.disable_logging()
+    llama_cpp.ggml_backend_load_all()
+    return llama_cpp
+
+
+def _model_class(api: Any) -> Any:
+    """The wheel's model class; 0.2.18 reads an attribute `n_vocab` for its logits that its class lacks."""
+
+    class Model(api.LlamaModel):  # type: ignore[misc]
+        @property
+        def n_vocab(self) -> int:
+            return int(self.get_vocab().n_vocab)
+
+    return Model

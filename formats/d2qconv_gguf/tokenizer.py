@@ -1,0 +1,424 @@
+"""A checkpoint's tokenizer as GGUF metadata.
+
+Two kinds exist in llama.cpp for our architectures: `gpt2`, byte-level BPE with merges, and `llama`, SentencePiece
+with scores (d2qconv_gguf.spm). Which text becomes which tokens is decided by tokenizer.json where there is one,
+since Hugging Face reads nothing else. Keys and token types are those of llama.cpp's converter (conversion/base.py
+`get_vocab_base`, `_create_vocab_sentencepiece`; gguf-py `SpecialVocab`), with three differences: `pre` is derived
+from the pre-tokenizer's structure instead of a hash of one text's tokens, add_bos_token and add_eos_token are always
+written (llama.cpp's default depends on `pre`), and what llama.cpp would tokenize differently is refused.
+Templates are carried as text; nothing here renders them.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gguf import Keys, TokenType
+
+from d2qconv.errors import InputError, PlanError, Refusal, refuse
+from d2qconv_gguf.metadata import KV
+from d2qconv_gguf.pretokenizers import WAY_OUT, candidates, normalizer_kinds, unknown_pre
+from d2qconv_gguf.spm import (
+    NO_SCORE,
+    SPACE,
+    Prefix,
+    Token,
+    json_prefix,
+    json_tokens,
+    model_refusal,
+    read_model,
+)
+
+if TYPE_CHECKING:
+    from d2qconv.checkpoint.open import Checkpoint
+
+_ID_KEYS = {
+    "bos": Keys.Tokenizer.BOS_ID,
+    "eos": Keys.Tokenizer.EOS_ID,
+    "unk": Keys.Tokenizer.UNK_ID,
+    "sep": Keys.Tokenizer.SEP_ID,
+    "pad": Keys.Tokenizer.PAD_ID,
+    "mask": Keys.Tokenizer.MASK_ID,
+    "eot": Keys.Tokenizer.EOT_ID,
+    "eom": Keys.Tokenizer.EOM_ID,
+}
+#: Added tokens that steer the model although their checkpoint does not call them special.
+_CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_CONTROL_SHAPES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+_TWO_DIGITS = re.compile("[0-9]{2}")
+_TEMPLATE_NAME = frozenset(string.ascii_letters + string.digits)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decides how text becomes tokens.
+
+    model: `gpt2` or `llama`. tokens: by id, holes allowed. merges: of a gpt2 vocabulary. prefix: of a llama one.
+    caveat: rare texts in which llama.cpp is known to differ.
+    """
+
+    model: str
+    pre: str
+    tokens: Mapping[int, Token]
+    merges: tuple[str, ...] = ()
+    prefix: Prefix | None = None
+    caveat: str = ""
+
+
+def tokenizer_metadata(checkpoint: Checkpoint, vocab_size: int) -> list[KV]:
+    """All `tokenizer.*` keys. vocab_size: rows of the embedding; ids without a token become `[PADi]`.
+
+    Raises PlanError with `tokenizer_refusals`, or if there are more tokens than rows; InputError for a broken file.
+    """
+    refuse(_refusals(checkpoint, vocab_size))
+    vocabulary = _vocabulary(checkpoint)
+    if isinstance(vocabulary, Refusal):
+        raise PlanError(str(vocabulary))
+    padding = Token("", TokenType.UNUSED, NO_SCORE)
+    tokens = [vocabulary.tokens.get(i, padding) for i in range(vocab_size)]
+    keys = [
+        KV.text(Keys.Tokenizer.MODEL, vocabulary.model),
+        KV.text(Keys.Tokenizer.PRE, vocabulary.pre),
+        KV.texts(Keys.Tokenizer.LIST, [t.text or f"[PAD{i}]" for i, t in enumerate(tokens)]),
+        KV.ints(Keys.Tokenizer.TOKEN_TYPE, [int(t.type) for t in tokens]),
+    ]
+    if vocabulary.model == "llama":
+        keys.append(KV.reals(Keys.Tokenizer.SCORES, [t.score for t in tokens]))
+    else:
+        keys.append(KV.texts(Keys.Tokenizer.MERGES, vocabulary.merges))
+    if vocabulary.prefix is not None:
+        keys.append(KV.flag(Keys.Tokenizer.ADD_PREFIX, vocabulary.prefix.is_added))
+    ids = special_ids(checkpoint, vocabulary.tokens)
+    keys += [KV.count(_ID_KEYS[name], token) for name, token in ids.items()]
+    ends = _ends(checkpoint, ids)
+    if isinstance(ends, Refusal):
+        raise PlanError(str(ends))
+    keys.append(KV.flag(Keys.Tokenizer.ADD_BOS, ends[0]))
+    keys.append(KV.flag(Keys.Tokenizer.ADD_EOS, ends[1]))
+    return keys + _template_keys(checkpoint)
+
+
+def tokenizer_refusals(checkpoint: Checkpoint) -> list[Refusal]:
+    """Why llama.cpp could not tokenize as this checkpoint does; empty if it can."""
+    size = checkpoint.config.get("vocab_size")
+    return _refusals(checkpoint, size if isinstance(size, int) else None)
+
+
+def _refusals(checkpoint: Checkpoint, vocab_size: int | None) -> list[Refusal]:
+    vocabulary = _vocabulary(checkpoint)
+    if isinstance(vocabulary, Refusal):
+        return [vocabulary]
+    found = _token_refusals(vocabulary.tokens, vocab_size)
+    ids = special_ids(checkpoint, vocabulary.tokens)
+    if "eos" not in ids:
+        why = "no eos_token is named; llama.cpp would end every text at token 11 or 2, whatever that is"
+        found.append(
+            Refusal("tokenizer_config.json", why, "add eos_token to it, or eos_token_id to config.json")
+        )
+    ends = _ends(checkpoint, ids)
+    if isinstance(ends, Refusal):
+        found.append(ends)
+    return found
+
+
+def tokenizer_warnings(checkpoint: Checkpoint) -> list[str]:
+    """What llama.cpp will do differently in rare texts, and no key can change; empty for a refused tokenizer."""
+    vocabulary = _vocabulary(checkpoint)
+    tokenizer = checkpoint.json("tokenizer.json")
+    if isinstance(vocabulary, Refusal) or tokenizer is None:
+        return []
+    found = [vocabulary.caveat] if vocabulary.caveat else []
+    if "NFC" in normalizer_kinds(tokenizer.get("normalizer")):
+        found.append(
+            "the tokenizer composes characters (NFC) before it splits; llama.cpp takes text as it is"
+        )
+    if vocabulary.prefix is not None and vocabulary.prefix.is_only_first:
+        found.append(
+            "the tokenizer puts a space before a text; llama.cpp also does after every special token"
+        )
+    strip = [t["content"] for t in tokenizer.get("added_tokens", []) if t.get("lstrip") or t.get("rstrip")]
+    if strip:
+        found.append(
+            f"white space beside {', '.join(strip[:3])} is dropped by the tokenizer, kept by llama.cpp"
+        )
+    return found
+
+
+def _token_refusals(tokens: Mapping[int, Token], vocab_size: int | None) -> list[Refusal]:
+    found = []
+    n_tokens = max(tokens, default=-1) + 1
+    if vocab_size is not None and n_tokens > vocab_size:
+        why = f"its last token has id {n_tokens - 1}, and the model has {vocab_size} embedding rows"
+        found.append(Refusal("tokenizer", why, "use the tokenizer that belongs to this checkpoint"))
+    size = max(n_tokens, vocab_size or 0)
+    texts = Counter(tokens[i].text if i in tokens else f"[PAD{i}]" for i in range(size))
+    twice = [text for text, n in texts.items() if n > 1 or not text]
+    if twice:
+        why = (
+            f"two tokens are written {twice[0]!r}, or it is empty; llama.cpp stops when it loads such a file"
+        )
+        found.append(Refusal("tokenizer", why, WAY_OUT))
+    return found
+
+
+def _vocabulary(checkpoint: Checkpoint) -> Vocabulary | Refusal:
+    tokenizer = checkpoint.json("tokenizer.json")
+    model_file = checkpoint.file("tokenizer.model")
+    if tokenizer is None and model_file is None:
+        todo = f"put tokenizer.json beside config.json, or {WAY_OUT}"
+        return Refusal(str(checkpoint.path), "neither tokenizer.json nor tokenizer.model is there", todo)
+    if tokenizer is None:
+        return _spm_alone(checkpoint)
+    model = tokenizer.get("model")
+    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping | list):
+        raise InputError("it has no model with a vocab", where="tokenizer.json", todo="fetch the file again")
+    if model.get("type", "BPE") != "BPE":
+        why = f"its model is {model['type']}; byte-level BPE and SentencePiece BPE can be written"
+        return Refusal("tokenizer.json: model", why, WAY_OUT)
+    odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
+    if odd:
+        return Refusal("tokenizer.json: model", f"llama.cpp has nothing for {', '.join(odd)}", WAY_OUT)
+    return _spm_like(checkpoint, tokenizer) if model.get("byte_fallback") else _byte_level(tokenizer)
+
+
+def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
+    kinds = normalizer_kinds(tokenizer.get("normalizer"))
+    if any(kind != "NFC" for kind in kinds):
+        why = f"{' → '.join(kinds)} changes text before it is split; llama.cpp does not"
+        return Refusal("tokenizer.json: normalizer", why, WAY_OUT)
+    fitting = candidates(tokenizer)
+    if not fitting:
+        return unknown_pre(tokenizer)
+    is_whole_word_first = bool(tokenizer["model"].get("ignore_merges"))
+    exact = [p for p in fitting if p.is_whole_word_first is is_whole_word_first]
+    if not exact and not _is_reached_by_merges(tokenizer):
+        why = (
+            f"ignore_merges is {is_whole_word_first}, and the only splitter that fits, {fitting[0].name}, does "
+            "the opposite; this vocabulary has whole words that merging does not reach"
+        )
+        return Refusal("tokenizer.json: model", why, WAY_OUT)
+    pre = (exact or list(fitting))[0]
+    vocab = tokenizer["model"]["vocab"]
+    number = next((text for text in vocab if _TWO_DIGITS.search(text)), None) if pre.joins_digits else None
+    if number is not None:
+        why = f"token {number!r} holds two digits, which llama.cpp's splitter {pre.name} does not cut"
+        return Refusal("tokenizer.json: model", why, WAY_OUT)
+    tokens = {i: Token(text, TokenType.NORMAL) for text, i in vocab.items()}
+    for added in tokenizer.get("added_tokens", []):
+        tokens[added["id"]] = Token(added["content"], _added_type(added["content"], added.get("special")))
+    merges = tuple(" ".join(_no_space(part) for part in pair) for pair in _merges(tokenizer))
+    return Vocabulary("gpt2", pre.name, tokens, merges, caveat=pre.caveat)
+
+
+def _no_space(part: str) -> str:
+    """A raw space inside a merge, as gguf's SpecialVocab writes it: the byte-level letter for it."""
+    return part.replace(" ", "Ġ")
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The merges, written `"a b"` (before tokenizers 0.20) or `["a", "b"]`; raises InputError."""
+    found = []
+    for merge in tokenizer["model"].get("merges", []):
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if len(pair) != 2:
+            raise InputError(f"{merge!r} is not a merge", where="tokenizer.json", todo="fetch the file again")
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def _is_reached_by_merges(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether every token that can be a whole word comes out of merging that word: then ignore_merges is idle."""
+    import msgspec
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    model = {**tokenizer["model"], "ignore_merges": False}
+    bare = {"version": "1.0", "added_tokens": [], "model": model}
+    merging = Tokenizer.from_str(msgspec.json.encode(bare).decode())
+    byte_level = decoders.ByteLevel()
+    full = {**bare, "pre_tokenizer": tokenizer["pre_tokenizer"]}
+    splitter: pre_tokenizers.PreTokenizer = Tokenizer.from_str(
+        msgspec.json.encode(full).decode()
+    ).pre_tokenizer
+    texts = list(model["vocab"])
+    missed = [t for t, e in zip(texts, merging.encode_batch(texts), strict=True) if e.tokens != [t]]
+    words = (splitter.pre_tokenize_str(byte_level.decode([t])) for t in missed)
+    return not any(len(w) == 1 and w[0][0] == t for t, w in zip(missed, words, strict=True))
+
+
+def _added_type(text: str, special: object) -> TokenType:
+    looks = text in _CONTROL_TEXTS or any(text.startswith(a) and text.endswith(b) for a, b in _CONTROL_SHAPES)
+    return TokenType.CONTROL if special or looks else TokenType.USER_DEFINED
+
+
+def _spm_like(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
+    """A byte-fallback BPE tokenizer.json; scores from tokenizer.model if there is one with the same ids."""
+    prefix = json_prefix(tokenizer)
+    if isinstance(prefix, Refusal):
+        return prefix
+    if tokenizer["model"].get("ignore_merges"):
+        return Refusal(
+            "tokenizer.json: model", "ignore_merges: llama.cpp merges SentencePiece words", WAY_OUT
+        )
+    model_file = checkpoint.file("tokenizer.model")
+    vocab = tokenizer["model"]["vocab"]
+    tokens: dict[int, Token] | Refusal | None = None
+    if model_file is not None:
+        model = read_model(model_file)
+        if all(vocab.get(p.text) == i for i, p in enumerate(model.pieces)):
+            tokens = model_refusal(model, is_alone=False) or dict(enumerate(model.pieces))
+    if tokens is None:
+        tokens = json_tokens(tokenizer, _merges(tokenizer))
+    if isinstance(tokens, Refusal):
+        return tokens
+    added = {t["id"]: (t["content"], t.get("special")) for t in tokenizer.get("added_tokens", [])}
+    return Vocabulary("llama", "default", _with_added(tokens, added), prefix=prefix)
+
+
+def _spm_alone(checkpoint: Checkpoint) -> Vocabulary | Refusal:
+    path = checkpoint.file("tokenizer.model")
+    assert path is not None
+    model = read_model(path)
+    refusal = model_refusal(model, is_alone=True)
+    if refusal is not None:
+        return refusal
+    config = checkpoint.json("tokenizer_config.json") or {}
+    decoder = config.get("added_tokens_decoder") or {}
+    added = {int(i): (t["content"], t.get("special")) for i, t in decoder.items()}
+    for text, i in (checkpoint.json("added_tokens.json") or {}).items():
+        added.setdefault(i, (text, False))
+    stated = config.get("add_prefix_space")
+    prefix = Prefix(stated if isinstance(stated, bool) else model.has_prefix)
+    return Vocabulary("llama", "default", _with_added(dict(enumerate(model.pieces)), added), prefix=prefix)
+
+
+def _with_added(tokens: Mapping[int, Token], added: Mapping[int, tuple[str, object]]) -> dict[int, Token]:
+    """The vocabulary with added tokens in place. A token that is cut out as it stands has its ▁ as a space."""
+    found = dict(tokens)
+    for i, token in tokens.items():
+        if token.type is TokenType.USER_DEFINED:
+            found[i] = Token(token.text.replace(SPACE, " "), token.type, token.score)
+    for i, (content, special) in added.items():
+        kind = _added_type(content, special)
+        text = content.replace(SPACE, " ") if kind is TokenType.USER_DEFINED else content
+        found[i] = Token(text, kind, NO_SCORE)
+    return found
+
+
+def special_ids(checkpoint: Checkpoint, tokens: Mapping[int, Token]) -> dict[str, int]:
+    """bos, eos, unk, sep, pad, mask, eot and eom where the checkpoint names them.
+
+    In this order: tokenizer_config.json, special_tokens_map.json (texts), config.json, generation_config.json (ids;
+    the first of several).
+    """
+    by_text = {t.text: i for i, t in tokens.items()}
+    named = [checkpoint.json("tokenizer_config.json") or {}, checkpoint.json("special_tokens_map.json") or {}]
+    numbered = [checkpoint.config, checkpoint.json("generation_config.json") or {}]
+    found = {}
+    for name in _ID_KEYS:
+        texts = [_content(source.get(f"{name}_token")) for source in named]
+        numbers = [_first(source.get(f"{name}_token_id")) for source in numbered]
+        hits = [by_text[t] for t in texts if t in by_text] + [n for n in numbers if n in tokens]
+        if hits and hits[0] is not None:
+            found[name] = hits[0]
+    return found
+
+
+def _content(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _first(value: object) -> int | None:
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value = value[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _ends(checkpoint: Checkpoint, ids: Mapping[str, int]) -> tuple[bool, bool] | Refusal:
+    """Whether bos and eos are put around a text.
+
+    As transformers decides: add_bos_token or add_eos_token of tokenizer_config.json if given, else the
+    post-processor of tokenizer.json; without tokenizer.json bos, not eos.
+    """
+    config = checkpoint.json("tokenizer_config.json") or {}
+    tokenizer = checkpoint.json("tokenizer.json")
+    stated = [config.get("add_bos_token"), config.get("add_eos_token")]
+    found: tuple[bool, bool] | Refusal = (True, False)
+    if tokenizer is not None:
+        found = _template_ends(tokenizer.get("post_processor"), ids)
+    if any(isinstance(s, bool) for s in stated):
+        before, after = (False, False) if isinstance(found, Refusal) else found
+        found = (
+            bool(before if stated[0] is None else stated[0]),
+            bool(after if stated[1] is None else stated[1]),
+        )
+    if isinstance(found, Refusal):
+        return found
+    return found[0] and "bos" in ids, found[1] and "eos" in ids
+
+
+def _template_ends(
+    processor: Mapping[str, Any] | None, ids: Mapping[str, int]
+) -> tuple[bool, bool] | Refusal:
+    """Whether a post-processor puts bos before and eos behind; a refusal if it puts anything else."""
+    if processor is None:
+        return False, False
+    kind = processor.get("type")
+    if kind == "Sequence":
+        parts = [_template_ends(p, ids) for p in processor.get("processors", [])]
+        refusal = next((p for p in parts if isinstance(p, Refusal)), None)
+        ends = [p for p in parts if not isinstance(p, Refusal)]
+        return refusal or (any(p[0] for p in ends), any(p[1] for p in ends))
+    if kind == "ByteLevel":
+        return False, False
+    if kind == "TemplateProcessing":
+        single = processor.get("single", [])
+        middle = next((n for n, part in enumerate(single) if "Sequence" in part), len(single))
+        before, after = (_tokens(part, processor) for part in (single[:middle], single[middle + 1 :]))
+        if before in ([], [ids.get("bos")]) and after in ([], [ids.get("eos")]):
+            return bool(before), bool(after)
+    why = f"{kind} puts tokens around a text that are not bos and eos; llama.cpp can add only these"
+    return Refusal("tokenizer.json: post_processor", why, WAY_OUT)
+
+
+def _tokens(parts: Sequence[Mapping[str, Any]], processor: Mapping[str, Any]) -> list[int]:
+    known = processor.get("special_tokens", {})
+    names = [part["SpecialToken"]["id"] for part in parts]
+    return [i for name in names for i in known.get(name, {}).get("ids", [])]
+
+
+def _template_keys(checkpoint: Checkpoint) -> list[KV]:
+    """Chat templates: chat_template.jinja (and additional_chat_templates/), else tokenizer_config.json's."""
+    file = checkpoint.file("chat_template.jinja")
+    if file is None:
+        found = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template")
+        if found is None:
+            found = (checkpoint.json("chat_template.json") or {}).get("chat_template")
+    else:
+        found = [{"name": "default", "template": file.read_text(encoding="utf-8")}]
+        folder = checkpoint.path / "additional_chat_templates"
+        found += [
+            {"name": p.stem, "template": p.read_text(encoding="utf-8")}
+            for p in sorted(folder.glob("*.jinja"))
+        ]
+    if isinstance(found, str):
+        return [KV.text(Keys.Tokenizer.CHAT_TEMPLATE, found)]
+    return _named_templates(found or [])
+
+
+def _named_templates(templates: Sequence[Mapping[str, str]]) -> list[KV]:
+    keys, names = [], []
+    for entry in templates:
+        name = "".join(c if c in _TEMPLATE_NAME else "_" for c in entry["name"])
+        if name == "default":
+            keys.append(KV.text(Keys.Tokenizer.CHAT_TEMPLATE, entry["template"]))
+        else:
+            keys.append(KV.text(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), entry["template"]))
+            names.append(name)
+    return [*keys, KV.texts(Keys.Tokenizer.CHAT_TEMPLATES, names)] if names else keys

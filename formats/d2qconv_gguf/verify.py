@@ -1,0 +1,132 @@
+"""Is a written GGUF what the quantizer made, and does llama.cpp compute with it what it says?"""
+
+from __future__ import annotations
+
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.errors import VerifyError
+from d2qconv.evaluate.reference import logits as reference_logits
+from d2qconv.export.base import Check, Progress
+from d2qconv_gguf.container import GgufFile, read
+from d2qconv_gguf.reader import layout_of, model_of
+from d2qconv_gguf.runtime import LlamaCpp, is_installed
+
+N_SEQUENCES = 4
+N_TOKENS = 64
+_SHOWN = 5
+
+#: Largest accepted `Distance.noise` by the widest rounding in the file; measured, see `bound`.
+FLOAT_BOUND = 0.01
+QUANTIZED_BOUND = 0.10
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Runtime against reference over all positions.
+
+    mean_kl: mean KL divergence reference‖runtime, nats. noise: rms difference of the centred logits over the rms of
+    the reference's own: free of the scale of the logits, which in a random model is tiny.
+    """
+
+    mean_kl: float
+    noise: float
+    n_positions: int
+
+
+def verify_file(path: Path, progress: Progress) -> list[Check]:
+    """All checks of one file; see `Exporter.verify`. The runtime sees the file only if the others passed."""
+    file = read(path)
+    layout_of(file)
+    checks = [_record_check(file, progress)]
+    model = model_of(file)
+    checks += [_structure_check(file, model)]
+    if not all(c.is_passed for c in checks):
+        return checks
+    if not is_installed():
+        return [*checks, Check("llama.cpp", "not installed (pip install 'd2qconv[verify]'); not checked", True)]
+    return [*checks, *_runtime_checks(file, model, progress)]
+
+
+def _record_check(file: GgufFile, progress: Progress) -> Check:
+    """Every tensor decoded by gguf-py has the digest that the quantizer's own decoding had."""
+    names, recorded = file.keys.get("d2qconv.tensor_names"), file.keys.get("d2qconv.decoded_sha256")
+    if not isinstance(names, list) or not isinstance(recorded, list) or len(names) != len(recorded):
+        raise VerifyError(
+            "has no record of its tensors", where=str(file.path), todo="only files that d2qconv wrote can be verified"
+        )
+    digests = dict(zip(names, recorded, strict=True))
+    wrong = []
+    for n, (name, stored) in enumerate(file.tensors.items()):
+        progress(n, len(file.tensors), f"decode {name}")
+        if digests.get(name) != stored.digest():
+            wrong.append(name)
+    wrong += sorted(set(digests) - set(file.tensors))
+    n_weights = sum(int(np.prod(t.shape)) for t in file.tensors.values())
+    good = f"{len(digests)} tensors, {n_weights:,} values, bit for bit equal when decoded by gguf-py"
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    bad = f"{len(wrong)} tensors differ from their record: {', '.join(wrong[:_SHOWN])}{more}"
+    return Check("decoded values", bad if wrong else good, not wrong)
+
+
+def _structure_check(file: GgufFile, model: ModelDesc) -> Check:
+    """Names, shapes and hyper-parameters fit each other (`model_of` raised if not), and so does the vocabulary."""
+    tokens = file.keys.get("tokenizer.ggml.tokens")
+    n_tokens = len(tokens) if isinstance(tokens, list) else 0
+    detail = f"{file.architecture}, {model.dims.n_layers} blocks, {len(file.tensors)} tensors, {n_tokens} tokens"
+    if n_tokens != model.dims.vocab:
+        return Check("structure", f"{n_tokens} tokens, but {model.dims.vocab} rows in the embedding", False)
+    return Check("structure", detail, True)
+
+
+def _runtime_checks(file: GgufFile, model: ModelDesc, progress: Progress) -> list[Check]:
+    """llama.cpp loads the file, and its logits are the reference's up to the rounding of its kernels."""
+    length = min(N_TOKENS, model.max_positions)
+    try:
+        with LlamaCpp(file.path, n_context=max(length, 8)) as runtime:
+            loads = Check("llama.cpp loads it", runtime.version(), True)
+            progress(0, 2, "llama.cpp")
+            sequences = sample_sequences(runtime, N_SEQUENCES, length)
+            seen = np.stack([runtime.logits(s) for s in sequences])
+    except VerifyError as error:
+        return [Check("llama.cpp loads it", error.what, False)]
+    progress(1, 2, "float reference")
+    wanted = reference_logits(model, torch.tensor(sequences), device="cpu").float().numpy()
+    found, allowed = distance(wanted, seen), bound(file)
+    detail = (
+        f"mean KL {found.mean_kl:.2e} nats, logit noise {100 * found.noise:.2f} % (allowed {100 * allowed:.0f} %) "
+        f"over {found.n_positions} positions"
+    )
+    return [loads, Check("llama.cpp computes it", detail, found.noise <= allowed)]
+
+
+def sample_sequences(runtime: LlamaCpp, n: int, length: int) -> list[list[int]]:
+    """Text that the model itself makes, drawn at temperature 1: tokens as they occur, without any text of ours."""
+    start = runtime.bos if runtime.bos is not None else 0
+    return [[start, *runtime.sample([start], length - 1, seed)] for seed in range(n)]
+
+
+def distance(wanted: np.ndarray, seen: np.ndarray) -> Distance:
+    """How far `seen` is from `wanted`, both f32[..., vocab] logits; infinite if either is not finite."""
+    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (wanted, seen))
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return Distance(float("inf"), float("inf"), len(a))
+    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))
+    log_p, log_q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) for x in (a, b))
+    log_p, log_q = log_p - a.max(-1, keepdims=True), log_q - b.max(-1, keepdims=True)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    noise = float(np.sqrt(((a - b) ** 2).mean() / max((a**2).mean(), 1e-30)))
+    return Distance(float(kl.mean()), noise, len(a))
+
+
+def bound(file: GgufFile) -> float:
+    """Largest accepted logit noise: float files differ by f16 rounding only, others by 8-bit activations."""
+    is_float = all(t.type.name in ("F32", "F16", "BF16") for t in file.tensors.values())
+    return FLOAT_BOUND if is_float else QUANTIZED_BOUND
+
+

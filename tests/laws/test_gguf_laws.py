@@ -1,0 +1,54 @@
+"""The laws for ggml's types. The independent decoder is gguf-py's."""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf.quants import dequantize
+
+from d2qconv.testing.laws import GridLaws
+from d2qconv_gguf.codecs import CODECS
+from d2qconv_gguf.grids import GRIDS
+
+#: Byte offsets of the f16 numbers in a block.
+HALVES = {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q4_0": (0,), "q8_0": (0,)}
+
+
+class GgufLaws(GridLaws):
+    def random_packed(self, rng, n_out, n_in):
+        """Any bytes, but infinite and undefined f16 become finite: the top exponent bit is cleared there."""
+        data = rng.integers(0, 256, (n_out, self.codec.row_bytes(n_in)), dtype=np.uint8)
+        blocks = data.reshape(-1, self.codec.block_bytes)
+        for offset in HALVES[self.grid.id]:
+            high = blocks[:, offset + 1]
+            high[(high & 0x7C) == 0x7C] &= 0xBF
+        return data
+
+    def reference_decode(self, packed, shape):
+        return dequantize(packed, self.codec.ggml_type).reshape(shape)
+
+    def test_every_bit_pattern_survives(self):
+        """Infinite and undefined scales too: unpacking and packing move bits only."""
+        n_in = 2 * self.grid.block
+        data = np.full((2, self.codec.row_bytes(n_in)), 0xFF, dtype=np.uint8)
+        data[1] = np.arange(data.shape[1]) % 256
+        assert (self.codec.pack(self.codec.unpack(data, (2, n_in))) == data).all()
+
+
+class TestQ2K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q2_k"], CODECS["q2_k"], 0.069
+
+
+class TestQ3K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q3_k"], CODECS["q3_k"], 0.0215
+
+
+class TestQ4K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q4_k"], CODECS["q4_k"], 0.0050
+
+
+class TestQ40(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q4_0"], CODECS["q4_0"], 0.0068
+
+
+class TestQ80(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q8_0"], CODECS["q8_0"], 0.00003

@@ -85,7 +85,7 @@ class Output:
     overwrite: Flag = False
     """Replace an existing output; until the new one is complete, the old one stays."""
     dry_run: Flag = False
-    """Stop after the plan, and print it. Reads no weights and writes nothing."""
+    """Stop after the plan, and print it. Nothing is quantized or written."""
     all: Flag = False
     """With --dry-run: list every tensor instead of a summary by role."""
 
@@ -124,12 +124,21 @@ class Method:
     """Measure the mean shift of the FFN norm's output and carry it in the package (D²Quant's DAC)."""
     damping: float = Recipe.damping
     """Added to the Hessian's diagonal, as a fraction of its mean."""
+    asymmetry: float = Recipe.asymmetry
+    """Share of the difference between full-precision and quantized inputs that is corrected for (GPTAQ); 0 is GPTQ."""
     carrier: Literal["auto", "bias", "rank1", "none"] = "auto"
     """How the package carries the mean shift: auto takes the most exact way that the target has."""
 
     def recipe(self) -> Recipe:
         """The same as the pipeline wants it."""
-        return Recipe(self.rounding, self.refit, self.dsq, self.dac, self.damping)
+        return Recipe(
+            rounding=self.rounding,
+            refit=self.refit,
+            dsq=self.dsq,
+            dac=self.dac,
+            damping=self.damping,
+            asymmetry=self.asymmetry,
+        )
 
 
 @_group("Machine", 5)
@@ -175,7 +184,7 @@ ReportOptions = Annotated[Report, Parameter(name="*")]
 DEFAULTS = Settings()
 TALK = Report()
 #: Enough for the model of the demo, and quick.
-DEMO_CALIBRATION = Calibration(sequences=32, length=256)
+DEMO_CALIBRATION = Calibration(sequences=32, length=128)
 DEMO_PROMPT = "Once upon a time"
 Format = Annotated[
     str, Parameter(name="--format", help="Exporter of the file; by default the one with its suffix.")
@@ -396,8 +405,10 @@ def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
     """Convert, and print what came of it; with a prompt, let the package continue it."""
     from d2qconv import pipeline
 
+    planned = pipeline.plan(job)
+    console.announce(planned)
     with console.watch() as watch:
-        outcome = pipeline.convert(job, watch)
+        outcome = pipeline.convert(planned, watch)
         sample = _sample(job, prompt) if prompt else ""
     console.show_outcome(outcome, sample)
 

@@ -20,6 +20,7 @@ from rich.console import Console as RichConsole
 from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
 from d2qconv.progress import Unwatched, Watch
+from d2qconv.run import describe
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -155,6 +156,19 @@ class Console:
             f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
         )
 
+    def announce(self, planned: Planned) -> None:
+        """What is about to be done, in normal mode: the plan by role, the recipe, the calibration, the device."""
+        if self._is_json or self._is_quiet:
+            return
+        self.show_plan(planned, is_all=False)
+        job = planned.job
+        calibration = job.calibration
+        self._line(
+            f"{describe(job.recipe)}; {calibration.sequences} × {calibration.length} tokens "
+            f"({calibration.source}), on {planned.device}, into {job.output}"
+        )
+        self._line()
+
     def show_outcome(self, outcome: Outcome, sample: str = "") -> None:
         """What was written, how far it is from the source, what was exact, where it loads."""
         if self._is_json:
@@ -222,7 +236,7 @@ class Console:
 
     def _checks(self, checks: Sequence[Check]) -> None:
         for check in checks:
-            self._line(f"{'ok    ' if check.is_passed else 'FAILED'}  {check.name}: {check.detail}")
+            self._line(f"{_verdict(check):<7} {check.name}: {check.detail}")
 
     def _table(self, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         from rich.table import Table
@@ -365,8 +379,19 @@ def _fold_pairs(folds: Sequence[FoldRecord]) -> Iterator[tuple[str, str]]:
         )
 
 
+def _verdict(check: Check) -> str:
+    if check.is_skipped:
+        return "skipped"
+    return "ok" if check.is_passed else "FAILED"
+
+
 def _check_facts(check: Check) -> dict[str, Any]:
-    return {"name": check.name, "detail": check.detail, "is_passed": check.is_passed}
+    return {
+        "name": check.name,
+        "detail": check.detail,
+        "is_passed": check.is_passed,
+        "is_skipped": check.is_skipped,
+    }
 
 
 def _exporter_facts(found: Found) -> dict[str, Any]:

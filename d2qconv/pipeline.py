@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,16 @@ from d2qconv.arch.spec import Architecture, ModelDesc
 from d2qconv.calibrate.tokens import CalibrationTokens, check_spec, load_tokens
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
-from d2qconv.export.base import Carrier, Check, Exporter, ExporterInfo, FloatType, Package, Progress, TargetPlan
+from d2qconv.export.base import (
+    Carrier,
+    Check,
+    Exporter,
+    ExporterInfo,
+    FloatType,
+    Package,
+    Progress,
+    TargetPlan,
+)
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rules import ScaleIntoRows, ShiftIntoBiases
@@ -44,8 +53,8 @@ class Job:
     exporter: ExporterInfo
     options: object
     output: Path
-    recipe: Recipe = Recipe()
-    calibration: CalibrationSpec = CalibrationSpec()
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     carrier: Carrier | None = None
     device: str | None = None
     work_dir: Path | None = None
@@ -106,24 +115,22 @@ def plan(job: Job) -> Planned:
     check_spec(job.calibration, desc)
     exporter = job.exporter.load(job.options)
     target = exporter.plan(desc, job.carrier if job.recipe.dac else Carrier.NONE)
-    refuse([*target.refusals, *exporter.check_source(checkpoint), *_fold_refusals(desc.arch, job.recipe, target)])
+    source = exporter.check_source(checkpoint)
+    target = replace(target, warnings=(*target.warnings, *source.warnings))
+    refuse([*target.refusals, *source.refusals, *_fold_refusals(desc.arch, job.recipe, target)])
     return Planned(job, checkpoint, desc, target, exporter, device)
 
 
-def convert(job: Job, watch: Watch) -> Outcome:
-    """Do the job; the output appears whole and verified, or not at all. Raises any D2qError."""
+def convert(planned: Planned, watch: Watch) -> Outcome:
+    """Do what was planned; the output appears whole and verified, or not at all. Raises any D2qError."""
     started = time.monotonic()
-    planned = plan(job)
+    job = planned.job
     check_output(job.output, job.overwrite, planned.target.n_bytes)
-    for warning in planned.target.warnings:
-        watch.note(warning)
     with _memory_as_run_error():
         tokens = _calibration(planned, watch)
         spec = _run_spec(planned, tokens)
         store = _open_store(planned, spec)
-        walk = Walk(
-            planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch
-        )
+        walk = Walk(planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch)
         result = walk.run()
     model = QuantizedModel(planned.desc, store.tensors(), _provenance(planned, tokens, spec))
     with atomic_output(job.output, overwrite=job.overwrite) as path:
@@ -258,4 +265,4 @@ def _memory_as_run_error() -> Iterator[None]:
 
 def _steps(watch: Watch) -> Progress:
     """An exporter's progress as steps of the current stage."""
-    return lambda done, total, what: watch.step(done, what)
+    return lambda done, _total, what: watch.step(done, what)

@@ -16,13 +16,15 @@ class Recipe:
     rounding: `gptq` feeds each column's rounding error forward to the columns not yet rounded; `nearest` does not.
     refit: choose a K-quant's inner scales again when the sweep reaches their group. dsq: a learned scale per
     input column of down_proj, folded into up_proj (D²Quant §DSQ). dac: measure the mean shift of the FFN norm's
-    output and carry it (D²Quant §DAC). damping: added to the Hessian's diagonal, as a fraction of its mean.
+    output and carry it (D²Quant §DAC). asymmetry: how far weights aim at the source's outputs on the quantized
+    model's inputs (GPTAQ): 0 not at all, 1 wholly. damping: added to the Hessian's diagonal, as a fraction of its mean.
     """
 
     rounding: Literal["gptq", "nearest"] = "gptq"
     refit: bool = True
     dsq: bool = True
     dac: bool = True
+    asymmetry: float = 0.5
     damping: float = 0.01
 
 
@@ -64,9 +66,8 @@ class RunSpec(msgspec.Struct, frozen=True):
 
 def describe(recipe: Recipe) -> str:
     """The recipe in one line, for people: `gptq + refit + dsq + dac, damping 0.01`."""
-    if recipe.rounding == "nearest":
-        parts = ["nearest"]
-    else:
-        parts = ["gptq"] + ["refit"] * recipe.refit
+    is_gptq = recipe.rounding == "gptq"
+    parts = [recipe.rounding] + ["refit"] * (recipe.refit and is_gptq)
     parts += ["dsq"] * recipe.dsq + ["dac"] * recipe.dac
-    return " + ".join(parts) + f", damping {recipe.damping:g}"
+    numbers = f", asymmetry {recipe.asymmetry:g}, damping {recipe.damping:g}" if is_gptq else ""
+    return " + ".join(parts) + numbers

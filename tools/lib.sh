@@ -38,12 +38,12 @@ make_env() {
   rm -rf "$env"
   # Debian splits ensurepip off; the pip of that Python then fills the environment from outside.
   if "$python" -m venv "$env" >/dev/null 2>&1; then
-    "$bin/python" -m pip install --quiet -c "$root/tools/constraints.txt" --upgrade pip || return 1
+    "$bin/python" -m pip install -qq -c "$root/tools/constraints.txt" --upgrade pip || return 1
   else
     rm -rf "$env"
     "$python" -m venv --without-pip "$env" || return 1
     "$python" -m pip --python "$bin/python" install --quiet -c "$root/tools/constraints.txt" pip || return 1
   fi
-  (cd "$root" && "$bin/python" -m pip install --quiet -c tools/constraints.txt "$@") || return 1
+  (cd "$root" && "$bin/python" -m pip install -qq -c tools/constraints.txt "$@") || return 1
   echo "$stamp" >"$env/.stamp"
 }

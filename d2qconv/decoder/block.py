@@ -2,7 +2,8 @@
 
 ::
 
-    x ── attn_norm ─ h ── q,k,v, RoPE, softmax ─ mixed ── o ──(+x)── r ── ffn_norm ─ h ── silu(gate)·up ─ gated ── down ──(+r)──▶
+    x ─ attn_norm ─ h ─ q, k, v, RoPE, softmax ─ mixed ─ o ─ (+x) ─ r
+    r ─ ffn_norm  ─ h ─ silu(gate) · up ─ gated ─ down ─ (+r) ─ x of the next block
 
 Every linear may have a bias. All arithmetic is in the dtype of the weights, f32 unless said otherwise.
 """

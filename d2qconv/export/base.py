@@ -71,7 +71,8 @@ class TargetPlan:
     """What the exporter will write, and what it will not.
 
     carrier: how the mean shift will be carried, and `carrier_note` by which means (`ffn_gate.bias and
-    ffn_up.bias`, `… relabelled as llama`). layout: the package's own architecture label.
+    ffn_up.bias`, `… relabelled as llama`). layout: the package's own architecture label. n_extra_bytes: of what the
+    package holds besides the model's own tensors (RoPE tables).
     """
 
     layout: str
@@ -79,6 +80,7 @@ class TargetPlan:
     carrier: Carrier
     carrier_note: str
     loads_in: tuple[str, ...]
+    n_extra_bytes: int = 0
     refusals: tuple[Refusal, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -94,16 +96,28 @@ class TargetPlan:
     @property
     def n_bytes(self) -> int:
         """Predicted bytes of all tensors, without metadata."""
-        return sum(t.n_bytes for t in self.tensors)
+        return sum(t.n_bytes for t in self.tensors) + self.n_extra_bytes
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that `verify` established. detail: with the number that shows it."""
+    """One thing that `verify` established. detail: with the number that shows it.
+
+    is_skipped: it could not be looked at here, and `detail` says why; then `is_passed` means nothing was found.
+    """
 
     name: str
     detail: str
     is_passed: bool
+    is_skipped: bool = False
+
+
+@dataclass(frozen=True)
+class SourceFindings:
+    """What an exporter says of a checkpoint's side files before any work."""
+
+    refusals: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,11 +143,11 @@ class Exporter(Protocol):
     def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
         """Decide every tensor's storage. carrier: the user's wish, None for the best that the format can do.
 
-        Returns refusals instead of raising them.
+        Needs no weight values, unless an option asks for a comparison. Returns refusals instead of raising them.
         """
 
-    def check_source(self, checkpoint: Checkpoint) -> Sequence[Refusal]:
-        """Why this checkpoint's side files (tokenizer, templates) cannot be written, before any work."""
+    def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
+        """What of this checkpoint's side files (tokenizer, templates) cannot be written, or not faithfully."""
 
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress

@@ -3,7 +3,7 @@
 Ŵ = Q(W / c) · c with one c_j > 0 per input column. `ColumnScaled(grid)` is a grid itself: its levels are the inner
 grid's, times c_j. So the same sweep fits c at each block's first column, on the compensated weights, and freezes it.
 
-`fit` alternates two exact steps: the inner grid is fitted to W/c under importance·c², then c_j = ⟨q_j, w_j⟩ / ⟨q_j, q_j⟩
+`fit` alternates two exact steps: the inner grid is fitted to W/c under importance·c², then c_j = ⟨q_j, w_j⟩/⟨q_j, q_j⟩
 with q_j the decoded column, the least-squares scale. The codes and parameters kept are the best seen.
 The package never holds c: a fold multiplies it into the rows of the matrix that makes this one's input.
 c has geometric mean 1 in every block (else it and the steps could drift apart until one underflows in f16).

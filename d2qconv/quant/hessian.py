@@ -37,3 +37,16 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
         where=where,
         todo="use more or longer calibration sequences, or raise --damping",
     )
+
+
+def toward_source(w: Tensor, drift: Tensor, factor: Tensor, strength: float) -> Tensor:
+    """Weights that give the source's outputs on the quantized model's inputs, as far as `strength` says.
+
+    The sweep minimises ‖(W′ − Ŵ) X̃‖². With W′ = W E[x x̃ᵀ] H⁻¹ that is, up to a constant, ‖W X − Ŵ X̃‖²: the aim of
+    GPTAQ (arXiv 2504.02692), reached before the sweep instead of column by column. X is what the source model feeds
+    this linear, X̃ what the quantized blocks feed it. strength 0 gives W, 1 gives W′; in between is safer, since
+    drift is measured on few tokens (D²Quant's authors take 0.25).
+
+    w: f32[n_out, n_in]; drift: f32[n_in, n_in] = E[(x − x̃) x̃ᵀ]; factor: U with H⁻¹ = Uᵀ U.
+    """
+    return torch.addmm(w, (w @ drift) @ factor.T, factor, alpha=strength)

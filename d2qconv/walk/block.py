@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from d2qconv.calibrate.statistics import InputAccumulator, InputStatistics
+from d2qconv.calibrate.statistics import InputStatistics
 from d2qconv.decoder.block import Block
 from d2qconv.export.base import Carrier, FloatType, TargetPlan
 from d2qconv.fold.corrections import ColumnScale, FoldRecord, MeanShift
@@ -56,14 +56,22 @@ class BlockWalk:
 
     def quantize(self, stream: Stream) -> QuantizedBlock:
         """The whole block, folds done; `stream` holds its input and is used up."""
-        student = self.student
-        self._linears((Role.Q, Role.K, Role.V), stream.measure(student.attention_input))
-        self._linears((Role.O,), stream.measure(lambda x: student.mix(student.attention_input(x))))
+        student, teacher = self.student, self.teacher
+        statistics = stream.measure(student.attention_input, teacher.attention_input)
+        self._linears((Role.Q, Role.K, Role.V), statistics)
+        statistics = stream.measure(
+            lambda x: student.mix(student.attention_input(x)),
+            lambda x: teacher.mix(teacher.attention_input(x)),
+        )
+        self._linears((Role.O,), statistics)
         statistics, shift = self._attend(stream)
         if shift is not None:
             statistics = self._carry(shift, statistics)
         self._linears((Role.GATE, Role.UP), statistics)
-        scale = self._down(stream.measure(lambda r: student.gated(student.ffn_input(r))))
+        statistics = stream.measure(
+            lambda r: student.gated(student.ffn_input(r)), lambda r: teacher.gated(teacher.ffn_input(r))
+        )
+        scale = self._down(statistics)
         norms = {role: w for role, w in student.weights.items() if w.dim() == 1}
         biases = {role: b for role, b in student.biases.items() if role in self.linears}
         return self._fold(QuantizedBlock(dict(self.linears), norms, biases), shift, scale)
@@ -71,24 +79,21 @@ class BlockWalk:
     def _attend(self, stream: Stream) -> tuple[InputStatistics, MeanShift | None]:
         """Move the stream to r; statistics of the FFN's input, and its mean shift against the teacher."""
         student, teacher = self.student, self.teacher
-        device = stream.x.device
-        inputs = InputAccumulator(student.desc.dims.hidden, device)
-        shifts = ShiftAccumulator(student.desc.dims.hidden, device)
+        shifts = ShiftAccumulator(student.desc.dims.hidden, stream.x.device)
         is_shift_wanted = self.plan.carrier is not Carrier.NONE
 
         def attend(x: Tensor) -> Tensor:
             r = student.attend(x)
-            h = student.ffn_input(r)
-            inputs.add(h)
             if is_shift_wanted:
-                shifts.add(teacher.ffn_input(teacher.attend(x)), h)
+                shifts.add(teacher.ffn_input(teacher.attend(x)), student.ffn_input(r))
             return r
 
-        stream.advance(attend)
+        stream.advance(attend, teacher.attend)
+        statistics = stream.measure(student.ffn_input, teacher.ffn_input)
         if not is_shift_wanted:
-            return inputs.finish(), None
+            return statistics, None
         mu, explained = shifts.finish()
-        return inputs.finish(), MeanShift(Role.FFN_NORM, mu, explained)
+        return statistics, MeanShift(Role.FFN_NORM, mu, explained)
 
     def _carry(self, shift: MeanShift, statistics: InputStatistics) -> InputStatistics:
         """Let the student feel the shift as the package will carry it; returns the statistics it then sees."""

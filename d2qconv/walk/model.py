@@ -62,24 +62,24 @@ class Walk:
         source_ends = load_ends(self.desc, self.device)
         ends = load_ends(self.desc, self.device, {Role.EMBED: self._embedding()})
         held_out = self.tokens.held_out.to(self.device)
-        source = Stream(source_ends.embed(held_out))
-        judged = Stream(ends.embed(held_out))
-        student = Stream(ends.embed(self.tokens.calibration.to(self.device)))
+        judged = Stream(ends.embed(held_out), source_ends.embed(held_out))
+        calibration = self.tokens.calibration.to(self.device)
+        is_source_wanted = self.rounder.recipe.asymmetry > 0 and self.rounder.recipe.rounding == "gptq"
+        stream = Stream(ends.embed(calibration), source_ends.embed(calibration) if is_source_wanted else None)
         notes = BlockNotes()
         for index in range(n_layers):
             self.watch.step(index, f"block {index}")
             teacher = load_block(self.desc, index, self.device)
-            block, about = self._block(index, teacher, student)
+            block, about = self._block(index, teacher, stream)
             notes.errors += about.errors
             notes.folds += about.folds
-            source.advance(teacher)
-            judged.advance(block)
-            student.advance(block)
-            if not bool(torch.isfinite(student.x).all()):
+            judged.advance(block, teacher)
+            stream.advance(block, teacher)
+            if not bool(torch.isfinite(stream.x).all()):
                 raise RunError("activations are not finite any more", where=f"block {index}")
         self.watch.step(n_layers, "output")
-        ends = self._output(ends, student, notes)
-        divergence = _compare(source_ends, source, ends, judged, held_out)
+        ends = self._output(ends, stream, notes)
+        divergence = _compare(source_ends, ends, judged, held_out)
         self.watch.step(n_layers + 1, "output")
         return WalkResult(divergence, notes.errors, notes.folds)
 
@@ -92,12 +92,12 @@ class Walk:
             self.store.write(INPUT, {embed: held}, None)
         return decoded(self._stored(INPUT, embed))
 
-    def _block(self, index: int, teacher: Block, student: Stream) -> tuple[Block, BlockNotes]:
+    def _block(self, index: int, teacher: Block, stream: Stream) -> tuple[Block, BlockNotes]:
         """A quantized block, ready to compute, and its notes; from the store if it is there."""
         part = f"block-{index:04d}"
         if part not in self.store.parts():
             walk = BlockWalk(index, teacher, self.plan, self.rounder)
-            quantized = walk.quantize(Stream(student.x))
+            quantized = walk.quantize(Stream(stream.x, stream.source))
             self.store.write(part, _tensors(quantized, index), walk.notes)
         block = Block(self.desc, {}, {})
         for tensor_id in self.store.tensor_ids(part):
@@ -105,15 +105,19 @@ class Walk:
             into[tensor_id.role] = decoded(self._stored(part, tensor_id))
         return block, self.store.notes(part, BlockNotes)
 
-    def _output(self, ends: Ends, student: Stream, notes: BlockNotes) -> Ends:
+    def _output(self, ends: Ends, stream: Stream, notes: BlockNotes) -> Ends:
         """Store final norm and head; returns the ends as the package has them."""
         norm, head = TensorId(Role.FINAL_NORM), TensorId(Role.HEAD)
         if OUTPUT not in self.store.parts():
             gain = self._source(norm)
+
+            def final_norm(x: Tensor) -> Tensor:
+                return rms_norm(x, gain, self.desc.norm_eps)
+
             tensors: dict[TensorId, Held] = {norm: gain}
             errors: list[TensorError] = []
             if not self.desc.is_tied:
-                statistics = student.measure(lambda x: rms_norm(x, gain, self.desc.norm_eps))
+                statistics = stream.measure(final_norm, final_norm)
                 w = self._source(head)
                 tensors[head] = self.rounder(w, self.plan.storage(head), statistics, str(head))
                 errors.append(error_of(str(head), w, decoded(tensors[head]), statistics))
@@ -137,9 +141,10 @@ def _tensors(block: QuantizedBlock, index: int) -> dict[TensorId, Held]:
     return tensors | {TensorId(r, index, Part.BIAS): bias for r, bias in block.biases.items()}
 
 
-def _compare(source_ends: Ends, source: Stream, ends: Ends, judged: Stream, tokens: Tensor) -> Divergence:
+def _compare(source_ends: Ends, ends: Ends, judged: Stream, tokens: Tensor) -> Divergence:
     """Next-token distributions at every position of the held-out sequences, one sequence at a time."""
     divergence = Divergence()
-    for x, y, ids in zip(source.x, judged.x, tokens, strict=True):
-        divergence.add(source_ends.logits(x[:-1]), ends.logits(y[:-1]), ids[1:])
+    assert judged.source is not None, "the held-out sequences run through both models"
+    for x, source, ids in zip(judged.x, judged.source, tokens, strict=True):
+        divergence.add(source_ends.logits(source[:-1]), ends.logits(x[:-1]), ids[1:])
     return divergence

@@ -13,7 +13,7 @@ from d2qconv.export.base import FloatType
 from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.store import Held
-from d2qconv.quant.hessian import inverse_factor
+from d2qconv.quant.hessian import inverse_factor, toward_source
 from d2qconv.quant.sweep import gptq, round_to_nearest
 from d2qconv.run import Recipe
 
@@ -48,6 +48,8 @@ class Rounder:
         if self.recipe.rounding == "nearest":
             return round_to_nearest(w, _positive(statistics.gram.diagonal()), storage)
         factor = inverse_factor(statistics.gram, self.recipe.damping, where)
+        if statistics.cross is not None:
+            w = toward_source(w, statistics.cross - statistics.gram, factor, self.recipe.asymmetry)
         return gptq(w, factor, storage, is_refit=self.recipe.refit)
 
 

@@ -17,13 +17,13 @@ class GgufOptions:
 
     type: of the matrices inside the blocks: q2_k, q3_k, q4_k, q4_0, q8_0, or unquantized f16, bf16, f32.
     embedding: of the token embedding, and with it of a tied head; the same choices.
-    output: of the head where it is a matrix of its own; the same choices.
+    head: of the output matrix where it is a matrix of its own; the same choices.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
     """
 
     type: str = "q2_k"
     embedding: str = "q8_0"
-    output: str = "q8_0"
+    head: str = "q8_0"
     base_gguf: Path | None = None
 
 

@@ -97,7 +97,11 @@ def _key_refusals(file: GgufFile, model: ModelDesc, layout: Layout) -> list[Refu
             found.append(Refusal(str(file.path), f"lacks {key}, which config.json makes {kv.value}", _REMAKE))
         elif theirs is not None and not _agree(theirs, kv):
             found.append(Refusal(str(file.path), f"{key} is {theirs}, config.json says {kv.value}", _REMAKE))
-    if f"{scaling}type" in file.keys and f"{scaling}type" not in ours and file.keys[f"{scaling}type"] != "none":
+    if (
+        f"{scaling}type" in file.keys
+        and f"{scaling}type" not in ours
+        and file.keys[f"{scaling}type"] != "none"
+    ):
         why = f"has {scaling}type {file.keys[f'{scaling}type']}, config.json has no RoPE scaling"
         found.append(Refusal(str(file.path), why, _REMAKE))
     return found
@@ -124,7 +128,9 @@ def _tensor_refusals(file: GgufFile, model: ModelDesc, layout: Layout) -> list[R
     unknown = sorted(set(file.tensors) - set(ours) - {ROPE_FREQS})
     missing = sorted(set(ours) - set(file.tensors))
     if unknown:
-        found.append(Refusal(str(file.path), f"holds tensors that the checkpoint has not: {_some(unknown)}", _REMAKE))
+        found.append(
+            Refusal(str(file.path), f"holds tensors that the checkpoint has not: {_some(unknown)}", _REMAKE)
+        )
     if missing:
         found.append(Refusal(str(file.path), f"lacks {_some(missing)}", _REMAKE))
     other = []

@@ -169,7 +169,7 @@ class _Walk:
         return struct.unpack_from(layout, self.data, self._skip(struct.calcsize(layout)))
 
     def _count(self, n: int, least: int) -> int:
-        """n items of at least `least` bytes each, if the rest of the file can hold them."""
+        """Give n back if the rest of the file can hold n items of at least `least` bytes each."""
         if n * least > len(self.data) - self.at:
             raise self._bad(f"announces {n} items at byte {self.at}, more than it holds")
         return n
@@ -214,5 +214,3 @@ def bits_per_weight(tensors: Sequence[StoredTensor]) -> float:
     """Stored bits per element over some tensors."""
     n = sum(math.prod(t.shape) for t in tensors)
     return 8 * sum(t.n_bytes for t in tensors) / n if n else 0.0
-
-

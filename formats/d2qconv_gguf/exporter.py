@@ -12,7 +12,16 @@ import torch
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
-from d2qconv.export.base import Carrier, Check, FloatType, Package, Progress, TargetPlan, TensorPlan
+from d2qconv.export.base import (
+    Carrier,
+    Check,
+    FloatType,
+    Package,
+    Progress,
+    SourceFindings,
+    TargetPlan,
+    TensorPlan,
+)
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
@@ -29,7 +38,8 @@ from d2qconv_gguf.names import (
     gguf_name,
     layout_refusals,
 )
-from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals
+from d2qconv_gguf.runtime import LlamaCpp
+from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
 from d2qconv_gguf.verify import verify_file
 
 if TYPE_CHECKING:
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
 
 _ENDS = (Role.FINAL_NORM, Role.HEAD)
 _NORMS = (Role.ATTN_NORM, Role.Q_NORM, Role.K_NORM, Role.FFN_NORM, Role.FINAL_NORM)
+#: Tokens that `sample` makes.
+SAMPLE_TOKENS = 48
 LOADS_IN = ("llama.cpp", "and what is built on it: ollama, LM Studio, llama-cpp-python, …")
 
 
@@ -55,7 +67,9 @@ class GgufExporter:
         ways = WAYS.get(model.arch.id)
         if ways is None:
             why = f"no GGUF layout for architecture {model.arch.id}; there are ones for {', '.join(WAYS)}"
-            return TargetPlan("", (), Carrier.NONE, "", (), (*refusals, Refusal("architecture", why)))
+            return TargetPlan(
+                "", (), Carrier.NONE, "", (), refusals=(*refusals, Refusal("architecture", why))
+            )
         chosen = carrier or next(iter(ways))
         if chosen not in ways:
             why = f"not for {model.arch.id}: {NO_CARRIER[model.arch.id]}"
@@ -78,13 +92,16 @@ class GgufExporter:
             carrier=chosen,
             carrier_note=_carrier_note(model, layout, chosen),
             loads_in=LOADS_IN,
+            n_extra_bytes=sum(e.n_bytes for e in _rope_entry(model)),
             refusals=tuple(refusals),
             warnings=_warnings(model, layout),
         )
 
-    def check_source(self, checkpoint: Checkpoint) -> list[Refusal]:
-        """Why this checkpoint's tokenizer cannot be written; nothing if it comes from `base_gguf`."""
-        return [] if self.options.base_gguf is not None else list(tokenizer_refusals(checkpoint))
+    def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
+        """What of this checkpoint's tokenizer cannot be written; nothing if it comes from `base_gguf`."""
+        if self.options.base_gguf is not None:
+            return SourceFindings()
+        return SourceFindings(tuple(tokenizer_refusals(checkpoint)), tuple(tokenizer_warnings(checkpoint)))
 
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
@@ -104,6 +121,11 @@ class GgufExporter:
         """Check a written file with gguf-py and llama.cpp; see `Exporter`."""
         return verify_file(path, progress)
 
+    def sample(self, path: Path, prompt: str) -> str:
+        """Continue a prompt with the file, in llama.cpp; see `Sampler`."""
+        with LlamaCpp(path) as runtime:
+            return runtime.generate(prompt, SAMPLE_TOKENS)
+
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """Facts of a GGUF; see `Exporter`. Reads no weights. Raises VerifyError if it is none."""
         return _facts(read(path))
@@ -122,9 +144,15 @@ class GgufExporter:
         return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
 
     def _option_refusals(self) -> list[Refusal]:
-        asked = {"type": self.options.type, "embedding": self.options.embedding, "output": self.options.output}
+        asked = {
+            "type": self.options.type,
+            "embedding": self.options.embedding,
+            "head": self.options.head,
+        }
         return [
-            Refusal(f"option {name}", f"{value!r} is not a storage type", f"use one of {', '.join(types.names())}")
+            Refusal(
+                f"option {name}", f"{value!r} is not a storage type", f"use one of {', '.join(types.names())}"
+            )
             for name, value in asked.items()
             if types.storage(value) is None
         ]
@@ -143,7 +171,7 @@ class GgufExporter:
         """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""
         if tensor.part is Part.BIAS or tensor.role in _NORMS:
             return FloatType.F32
-        asked = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.output}
+        asked = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
         return types.storage(asked.get(tensor.role, self.options.type))
 
 
@@ -163,9 +191,9 @@ def _file_order(shapes: Mapping[TensorId, tuple[int, ...]]) -> list[TensorId]:
     """Embedding, blocks in the order in which they run, final norm, head."""
     roles = list(Role)
 
-    def place(tensor: TensorId) -> tuple[int, int, int, str]:
+    def place(tensor: TensorId) -> tuple[bool, int, int, bool]:
         block = -1 if tensor.block is None else tensor.block
-        return int(tensor.role in _ENDS), block, roles.index(tensor.role), tensor.part != Part.WEIGHT and "b" or ""
+        return tensor.role in _ENDS, block, roles.index(tensor.role), tensor.part is Part.BIAS
 
     return sorted(shapes, key=place)
 
@@ -195,7 +223,11 @@ def _rope_entry(desc: ModelDesc) -> list[writer.Entry]:
     if factors is None:
         return []
     shape = tuple(factors.shape)
-    return [writer.Entry(ROPE_FREQS, shape, "f32", types.n_bytes(FloatType.F32, shape), Dense.of(torch.from_numpy(factors)))]
+    return [
+        writer.Entry(
+            ROPE_FREQS, shape, "f32", types.n_bytes(FloatType.F32, shape), Dense.of(torch.from_numpy(factors))
+        )
+    ]
 
 
 def _facts(file: GgufFile) -> dict[str, Any]:

@@ -84,7 +84,7 @@ WAYS: Mapping[str, Mapping[Carrier, Layout]] = {
 
 #: why a carrier is missing in WAYS
 NO_CARRIER: Mapping[str, str] = {
-    "qwen3": "llama.cpp's qwen3 loader takes no FFN bias, and no other architecture of it has both q/k norms and FFN biases",
+    "qwen3": "llama.cpp's qwen3 loader takes no FFN bias, and none of its layouts has q/k norms and FFN biases both",
 }
 
 #: what it costs to be written as another architecture than one's own
@@ -142,7 +142,9 @@ def layout_refusals(layout: Layout, tensors: Mapping[TensorId, object], dims: Di
             found.append(Refusal(str(tensor), why))
         elif tensor.part is Part.BIAS and tensor.role not in layout.biases:
             why = f"llama.cpp's {layout.name} loader takes no {MODULES[tensor.role]}.bias"
-            found.append(Refusal(str(tensor), why, "no layout of GGUF holds this model; nothing can be done here"))
+            found.append(
+                Refusal(str(tensor), why, "no layout of GGUF holds this model; nothing can be done here")
+            )
     if layout.permuted and dims.head % 2:
         found.append(Refusal("head_dim", f"RoPE pairs rows, and {dims.head} is odd"))
     return found

@@ -172,6 +172,8 @@ def llama3_rope(theta: float, stored: StoredTensor, head: int) -> Rope:
         return Rope(theta)
     x = theta ** -(np.arange(0, head, 2) / head) / (2 * math.pi)
     share = np.clip((1 / factors - 1 / top) / (1 - 1 / top), 0.0, 1.0)
+    if np.diff(share).max() > 1e-6:
+        raise VerifyError("holds factors that fall and rise: not Llama 3's", where=where)
     at_0, at_1 = _line(x, share)
     original = 8192
     rope = Rope(
@@ -185,7 +187,7 @@ def llama3_rope(theta: float, stored: StoredTensor, head: int) -> Rope:
     again = np.clip((x - at_0) / (at_1 - at_0), 0.0, 1.0)
     worst = float(np.abs(1 / ((1 - again) / top + again) - factors).max())
     if worst > 1e-4 * top:
-        raise VerifyError(f"are not Llama 3's factors (off by {worst:.2g})", where=where)
+        raise VerifyError(f"holds factors that are not Llama 3's (off by {worst:.2g})", where=where)
     return rope
 
 
@@ -198,7 +200,7 @@ def _line(x: np.ndarray, share: np.ndarray) -> tuple[float, float]:
     if on_slope.size == 0:
         return below, above
     first, last = on_slope[0], on_slope[-1]
-    if on_slope.size > 1:
+    if on_slope.size > 1 and share[first] > share[last]:
         slope = (share[first] - share[last]) / (x[first] - x[last])
     else:
         slope = max((1 - share[first]) / (above - x[first]), share[first] / (x[first] - below))

@@ -19,7 +19,6 @@ from d2qconv.errors import PluginError, VerifyError
 _F32 = 0
 
 
-
 def is_installed() -> bool:
     """Whether the runtime can be imported."""
     return importlib.util.find_spec("cyllama") is not None

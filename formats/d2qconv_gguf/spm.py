@@ -154,10 +154,17 @@ def _bytes_refusal(where: str, texts: Sequence[str]) -> Refusal | None:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Whether a space is put before text. is_only_first: not again after a special token."""
+    """Whether a space is put before text. caveat: where llama.cpp's way to do it differs."""
 
     is_added: bool
-    is_only_first: bool = False
+    caveat: str = ""
+
+
+_EVEN_TWO = "llama.cpp puts a space before a text even if it begins with a space; the tokenizer does not"
+_METASPACE_CAVEATS = {
+    "always": _EVEN_TWO,
+    "first": _EVEN_TWO + ", nor after every special token as llama.cpp does",
+}
 
 
 def json_prefix(tokenizer: Mapping[str, Any]) -> Prefix | Refusal:
@@ -172,7 +179,7 @@ def json_prefix(tokenizer: Mapping[str, Any]) -> Prefix | Refusal:
     if pre is not None and pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE:
         scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
         if not kinds and not pre.get("split", True):
-            return Prefix(scheme != "never", scheme == "first")
+            return Prefix(scheme != "never", _METASPACE_CAVEATS.get(scheme, ""))
     return Refusal(
         "tokenizer.json",
         f"normalizer {' → '.join(kinds) or 'none'}, pre-tokenizer {describe(pre)}: llama.cpp's SentencePiece "
@@ -205,6 +212,9 @@ def json_tokens(
     rank: dict[str, int] = {}
     for n, (left, right) in enumerate(merges):
         rank.setdefault(left + right, n)
+    spaces = [text for text in rank if not text.strip(SPACE)]
+    for text in spaces:
+        rank[text] = rank[spaces[0]]
     return {
         token: Token(
             text,
@@ -221,12 +231,13 @@ def _merge_refusal(
     """Whether merging by pair and merging by the joined text's score are the same.
 
     They are if every way to make a piece from two pieces is a merge, and all ways to make it have neighbouring
-    ranks, as in a tokenizer.json that was converted from a tokenizer.model.
+    ranks, as in a tokenizer.json that was converted from a tokenizer.model. Runs of spaces may lie mixed: in
+    Llama 2's model they share one score.
     """
     pairs, seen, last = set(merges), set(), ""
     for left, right in merges:
         made = left + right
-        if made != last and made in seen:
+        if made != last and made in seen and made.strip(SPACE):
             return _order_refusal(made)
         seen.add(made)
         last = made

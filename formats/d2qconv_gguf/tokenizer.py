@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import Keys, TokenType
 
-from d2qconv.errors import InputError, PlanError, Refusal, refuse
+from d2qconv.errors import InputError, Refusal, refuse
 from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.pretokenizers import WAY_OUT, candidates, normalizer_kinds, unknown_pre
 from d2qconv_gguf.spm import (
@@ -70,15 +70,24 @@ class Vocabulary:
     caveat: str = ""
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A vocabulary, its special ids, whether bos and eos are added, and why it cannot be used."""
+
+    vocabulary: Vocabulary
+    ids: Mapping[str, int]
+    ends: tuple[bool, bool]
+    refusals: tuple[Refusal, ...]
+
+
 def tokenizer_metadata(checkpoint: Checkpoint, vocab_size: int) -> list[KV]:
     """All `tokenizer.*` keys. vocab_size: rows of the embedding; ids without a token become `[PADi]`.
 
     Raises PlanError with `tokenizer_refusals`, or if there are more tokens than rows; InputError for a broken file.
     """
-    refuse(_refusals(checkpoint, vocab_size))
-    vocabulary = _vocabulary(checkpoint)
-    if isinstance(vocabulary, Refusal):
-        raise PlanError(str(vocabulary))
+    made = _made(checkpoint, vocab_size)
+    refuse(made.refusals)
+    vocabulary = made.vocabulary
     padding = Token("", TokenType.UNUSED, NO_SCORE)
     tokens = [vocabulary.tokens.get(i, padding) for i in range(vocab_size)]
     keys = [
@@ -93,26 +102,24 @@ def tokenizer_metadata(checkpoint: Checkpoint, vocab_size: int) -> list[KV]:
         keys.append(KV.texts(Keys.Tokenizer.MERGES, vocabulary.merges))
     if vocabulary.prefix is not None:
         keys.append(KV.flag(Keys.Tokenizer.ADD_PREFIX, vocabulary.prefix.is_added))
-    ids = special_ids(checkpoint, vocabulary.tokens)
-    keys += [KV.count(_ID_KEYS[name], token) for name, token in ids.items()]
-    ends = _ends(checkpoint, ids)
-    if isinstance(ends, Refusal):
-        raise PlanError(str(ends))
-    keys.append(KV.flag(Keys.Tokenizer.ADD_BOS, ends[0]))
-    keys.append(KV.flag(Keys.Tokenizer.ADD_EOS, ends[1]))
+    keys += [KV.count(_ID_KEYS[name], token) for name, token in made.ids.items()]
+    keys.append(KV.flag(Keys.Tokenizer.ADD_BOS, made.ends[0]))
+    keys.append(KV.flag(Keys.Tokenizer.ADD_EOS, made.ends[1]))
     return keys + _template_keys(checkpoint)
 
 
 def tokenizer_refusals(checkpoint: Checkpoint) -> list[Refusal]:
     """Why llama.cpp could not tokenize as this checkpoint does; empty if it can."""
     size = checkpoint.config.get("vocab_size")
-    return _refusals(checkpoint, size if isinstance(size, int) else None)
+    return list(_made(checkpoint, size if isinstance(size, int) else None).refusals)
 
 
-def _refusals(checkpoint: Checkpoint, vocab_size: int | None) -> list[Refusal]:
-    vocabulary = _vocabulary(checkpoint)
+def _made(checkpoint: Checkpoint, vocab_size: int | None) -> _Made:
+    """Everything but the templates, in one reading of tokenizer.json."""
+    tokenizer = checkpoint.json("tokenizer.json")
+    vocabulary = _vocabulary(checkpoint, tokenizer)
     if isinstance(vocabulary, Refusal):
-        return [vocabulary]
+        return _Made(Vocabulary("", "", {}), {}, (False, False), (vocabulary,))
     found = _token_refusals(vocabulary.tokens, vocab_size)
     ids = special_ids(checkpoint, vocabulary.tokens)
     if "eos" not in ids:
@@ -120,16 +127,16 @@ def _refusals(checkpoint: Checkpoint, vocab_size: int | None) -> list[Refusal]:
         found.append(
             Refusal("tokenizer_config.json", why, "add eos_token to it, or eos_token_id to config.json")
         )
-    ends = _ends(checkpoint, ids)
+    ends = _ends(checkpoint, tokenizer, ids)
     if isinstance(ends, Refusal):
-        found.append(ends)
-    return found
+        return _Made(vocabulary, ids, (False, False), (*found, ends))
+    return _Made(vocabulary, ids, ends, tuple(found))
 
 
 def tokenizer_warnings(checkpoint: Checkpoint) -> list[str]:
     """What llama.cpp will do differently in rare texts, and no key can change; empty for a refused tokenizer."""
-    vocabulary = _vocabulary(checkpoint)
     tokenizer = checkpoint.json("tokenizer.json")
+    vocabulary = _vocabulary(checkpoint, tokenizer)
     if isinstance(vocabulary, Refusal) or tokenizer is None:
         return []
     found = [vocabulary.caveat] if vocabulary.caveat else []
@@ -137,10 +144,8 @@ def tokenizer_warnings(checkpoint: Checkpoint) -> list[str]:
         found.append(
             "the tokenizer composes characters (NFC) before it splits; llama.cpp takes text as it is"
         )
-    if vocabulary.prefix is not None and vocabulary.prefix.is_only_first:
-        found.append(
-            "the tokenizer puts a space before a text; llama.cpp also does after every special token"
-        )
+    if vocabulary.prefix is not None and vocabulary.prefix.caveat:
+        found.append(vocabulary.prefix.caveat)
     strip = [t["content"] for t in tokenizer.get("added_tokens", []) if t.get("lstrip") or t.get("rstrip")]
     if strip:
         found.append(
@@ -166,8 +171,7 @@ def _token_refusals(tokens: Mapping[int, Token], vocab_size: int | None) -> list
     return found
 
 
-def _vocabulary(checkpoint: Checkpoint) -> Vocabulary | Refusal:
-    tokenizer = checkpoint.json("tokenizer.json")
+def _vocabulary(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None) -> Vocabulary | Refusal:
     model_file = checkpoint.file("tokenizer.model")
     if tokenizer is None and model_file is None:
         todo = f"put tokenizer.json beside config.json, or {WAY_OUT}"
@@ -211,13 +215,12 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
     tokens = {i: Token(text, TokenType.NORMAL) for text, i in vocab.items()}
     for added in tokenizer.get("added_tokens", []):
         tokens[added["id"]] = Token(added["content"], _added_type(added["content"], added.get("special")))
-    merges = tuple(" ".join(_no_space(part) for part in pair) for pair in _merges(tokenizer))
+    # a raw space inside a merge is written as gguf's SpecialVocab does, by the byte-level letter for it
+    merges = tuple(
+        f"{a} {b}" if " " not in a + b else f"{a.replace(' ', 'Ġ')} {b.replace(' ', 'Ġ')}"
+        for a, b in _merges(tokenizer)
+    )
     return Vocabulary("gpt2", pre.name, tokens, merges, caveat=pre.caveat)
-
-
-def _no_space(part: str) -> str:
-    """A raw space inside a merge, as gguf's SpecialVocab writes it: the byte-level letter for it."""
-    return part.replace(" ", "Ġ")
 
 
 def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -276,7 +279,7 @@ def _spm_like(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Vocabular
     if isinstance(tokens, Refusal):
         return tokens
     added = {t["id"]: (t["content"], t.get("special")) for t in tokenizer.get("added_tokens", [])}
-    return Vocabulary("llama", "default", _with_added(tokens, added), prefix=prefix)
+    return _with_added("tokenizer.json", tokens, added, prefix)
 
 
 def _spm_alone(checkpoint: Checkpoint) -> Vocabulary | Refusal:
@@ -293,20 +296,21 @@ def _spm_alone(checkpoint: Checkpoint) -> Vocabulary | Refusal:
         added.setdefault(i, (text, False))
     stated = config.get("add_prefix_space")
     prefix = Prefix(stated if isinstance(stated, bool) else model.has_prefix)
-    return Vocabulary("llama", "default", _with_added(dict(enumerate(model.pieces)), added), prefix=prefix)
+    return _with_added("tokenizer.model", dict(enumerate(model.pieces)), added, prefix)
 
 
-def _with_added(tokens: Mapping[int, Token], added: Mapping[int, tuple[str, object]]) -> dict[int, Token]:
-    """The vocabulary with added tokens in place. A token that is cut out as it stands has its ▁ as a space."""
+def _with_added(
+    model: str, tokens: Mapping[int, Token], added: Mapping[int, tuple[str, object]], prefix: Prefix
+) -> Vocabulary | Refusal:
+    """A SentencePiece vocabulary with added tokens in place."""
     found = dict(tokens)
-    for i, token in tokens.items():
-        if token.type is TokenType.USER_DEFINED:
-            found[i] = Token(token.text.replace(SPACE, " "), token.type, token.score)
-    for i, (content, special) in added.items():
-        kind = _added_type(content, special)
-        text = content.replace(SPACE, " ") if kind is TokenType.USER_DEFINED else content
-        found[i] = Token(text, kind, NO_SCORE)
-    return found
+    for i, (text, special) in added.items():
+        found[i] = Token(text, _added_type(text, special), NO_SCORE)
+    for token in found.values():
+        if token.type is TokenType.USER_DEFINED and SPACE in token.text:
+            why = f"token {token.text!r} is cut out whole and holds a ▁; llama.cpp would look for it in the bare text"
+            return Refusal(model, why, WAY_OUT)
+    return Vocabulary("llama", "default", found, prefix=prefix)
 
 
 def special_ids(checkpoint: Checkpoint, tokens: Mapping[int, Token]) -> dict[str, int]:
@@ -340,14 +344,15 @@ def _first(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _ends(checkpoint: Checkpoint, ids: Mapping[str, int]) -> tuple[bool, bool] | Refusal:
+def _ends(
+    checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, ids: Mapping[str, int]
+) -> tuple[bool, bool] | Refusal:
     """Whether bos and eos are put around a text.
 
     As transformers decides: add_bos_token or add_eos_token of tokenizer_config.json if given, else the
     post-processor of tokenizer.json; without tokenizer.json bos, not eos.
     """
     config = checkpoint.json("tokenizer_config.json") or {}
-    tokenizer = checkpoint.json("tokenizer.json")
     stated = [config.get("add_bos_token"), config.get("add_eos_token")]
     found: tuple[bool, bool] | Refusal = (True, False)
     if tokenizer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,10 @@ N_SEQUENCES = 4
 N_TOKENS = 64
 _SHOWN = 5
 
-#: Largest accepted `Distance.noise` by the widest rounding in the file; measured, see `bound`.
-FLOAT_BOUND = 0.01
+#: Largest accepted `Distance.noise` by the least exact type in the file. Measured on four random models of two blocks
+#: and two trained ones of four (right file): F32 1e-6, F16 0.2 %, BF16 1.2 %, quantized 1.3-5.7 %. Wrong files (rows of
+#: q in the wrong order, heads or rows swapped, a bias or a gain of noticeable size left out): 17-140 %.
+BOUNDS = {"F32": 0.001, "F16": 0.01, "BF16": 0.03}
 QUANTIZED_BOUND = 0.10
 
 
@@ -49,7 +50,15 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     if not all(c.is_passed for c in checks):
         return checks
     if not is_installed():
-        return [*checks, Check("llama.cpp", "not installed (pip install 'd2qconv[verify]'); not checked", True)]
+        return [
+            *checks,
+            Check(
+                "llama.cpp",
+                "not installed (pip install 'd2qconv[verify]'); not checked",
+                True,
+                is_skipped=True,
+            ),
+        ]
     return [*checks, *_runtime_checks(file, model, progress)]
 
 
@@ -58,7 +67,9 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
     names, recorded = file.keys.get("d2qconv.tensor_names"), file.keys.get("d2qconv.decoded_sha256")
     if not isinstance(names, list) or not isinstance(recorded, list) or len(names) != len(recorded):
         raise VerifyError(
-            "has no record of its tensors", where=str(file.path), todo="only files that d2qconv wrote can be verified"
+            "has no record of its tensors",
+            where=str(file.path),
+            todo="only files that d2qconv wrote can be verified",
         )
     digests = dict(zip(names, recorded, strict=True))
     wrong = []
@@ -78,7 +89,9 @@ def _structure_check(file: GgufFile, model: ModelDesc) -> Check:
     """Names, shapes and hyper-parameters fit each other (`model_of` raised if not), and so does the vocabulary."""
     tokens = file.keys.get("tokenizer.ggml.tokens")
     n_tokens = len(tokens) if isinstance(tokens, list) else 0
-    detail = f"{file.architecture}, {model.dims.n_layers} blocks, {len(file.tensors)} tensors, {n_tokens} tokens"
+    detail = (
+        f"{file.architecture}, {model.dims.n_layers} blocks, {len(file.tensors)} tensors, {n_tokens} tokens"
+    )
     if n_tokens != model.dims.vocab:
         return Check("structure", f"{n_tokens} tokens, but {model.dims.vocab} rows in the embedding", False)
     return Check("structure", detail, True)
@@ -99,7 +112,7 @@ def _runtime_checks(file: GgufFile, model: ModelDesc, progress: Progress) -> lis
     wanted = reference_logits(model, torch.tensor(sequences), device="cpu").float().numpy()
     found, allowed = distance(wanted, seen), bound(file)
     detail = (
-        f"mean KL {found.mean_kl:.2e} nats, logit noise {100 * found.noise:.2f} % (allowed {100 * allowed:.0f} %) "
+        f"mean KL {found.mean_kl:.2e} nats, logit noise {100 * found.noise:.3g} % (allowed {100 * allowed:g} %) "
         f"over {found.n_positions} positions"
     )
     return [loads, Check("llama.cpp computes it", detail, found.noise <= allowed)]
@@ -125,8 +138,6 @@ def distance(wanted: np.ndarray, seen: np.ndarray) -> Distance:
 
 
 def bound(file: GgufFile) -> float:
-    """Largest accepted logit noise: float files differ by f16 rounding only, others by 8-bit activations."""
-    is_float = all(t.type.name in ("F32", "F16", "BF16") for t in file.tensors.values())
-    return FLOAT_BOUND if is_float else QUANTIZED_BOUND
-
-
+    """Largest accepted logit noise of that file: how coarsely llama.cpp rounds activations for its types."""
+    kinds = {t.type.name for t in file.tensors.values()}
+    return max(BOUNDS.get(kind, QUANTIZED_BOUND) for kind in kinds)

@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def ggml_type(self) -> GGMLQuantizationType:
-        """ggml's storage type."""
+        """The storage type as ggml has it."""
         return GGML_TYPES[self.type_name]
 
     def data(self) -> np.ndarray:
@@ -156,5 +156,7 @@ def write_file(
         return path.stat().st_size
     except OSError as error:
         raise ExportError(
-            f"cannot be written: {error.strerror or error}", where=str(path), todo="check space and permissions"
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            todo="check space and permissions",
         ) from error

@@ -56,8 +56,8 @@ def calm(tmp_path, monkeypatch):
     """Jobs end at once, in an empty folder; the list holds the jobs that were asked for."""
     jobs = []
 
-    def convert(job, watch):
-        jobs.append(job)
+    def convert(planned, watch):
+        job = planned.job
         watch.stage("quantize", 2)
         watch.step(1, "blk.0")
         watch.note("a note [with] brackets")
@@ -67,7 +67,11 @@ def calm(tmp_path, monkeypatch):
     def plan(job):
         jobs.append(job)
 
+        asked = job
+
         class Planned:
+            job = asked
+
             class checkpoint:  # noqa: N801
                 source = job.model
 
@@ -76,6 +80,7 @@ def calm(tmp_path, monkeypatch):
                     id = "fake3"
 
             target = TARGET
+            device = "cpu"
             n_weights = 64
             bits_per_weight = 26.0
 
@@ -89,7 +94,7 @@ def calm(tmp_path, monkeypatch):
 
 
 def fail_with(monkeypatch, error):
-    def convert(job, watch):
+    def convert(planned, watch):
         raise error
 
     monkeypatch.setattr(pipeline, "convert", convert)
@@ -114,10 +119,10 @@ def test_every_option_arrives(d2q, calm):
     words += (
         " --calibration t.txt --sequences 5 --length 6 --seed 7 --work-dir w --rounding nearest --no-refit"
     )
-    words += " --no-dsq --no-dac --damping 0.5 --carrier bias"
+    words += " --no-dsq --no-dac --damping 0.5 --asymmetry 0.75 --carrier bias"
     assert d2q(*words.split()).code == 0
     job = calm[0]
-    assert job.recipe == Recipe("nearest", refit=False, dsq=False, dac=False, damping=0.5)
+    assert job.recipe == Recipe("nearest", refit=False, dsq=False, dac=False, damping=0.5, asymmetry=0.75)
     assert job.calibration == CalibrationSpec("t.txt", 5, 6, 7)
     assert (job.options.width, job.options.seed, job.options.loud) == (3, "oak", True)
     assert (job.revision, job.device, job.work_dir, job.overwrite) == ("v1", "cpu", Path("w"), True)
@@ -150,7 +155,8 @@ def test_json_is_one_object_and_nothing_else(d2q):
     assert result.err == ""
     assert result.json["path"] == "m.fake"
     assert (result.json["n_bytes"], result.json["kld"], result.json["n_tokens"]) == (4_271_104, 0.125, 640)
-    assert result.json["checks"] == [{"name": "decoded values", "detail": "7 of 7", "is_passed": True}]
+    checks = [{"name": "decoded values", "detail": "7 of 7", "is_passed": True, "is_skipped": False}]
+    assert result.json["checks"] == checks
     assert [f["block"] for f in result.json["folds"]] == [0, 1]
 
 
@@ -231,7 +237,7 @@ def test_traceback_on_request(capsys, monkeypatch):
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(d2q, monkeypatch, by):
-    def convert(job, watch):
+    def convert(planned, watch):
         os.kill(os.getpid(), by)
         for _ in range(10**7):
             pass
@@ -264,8 +270,8 @@ def test_impossible_output_is_refused_before_the_work(d2q, calm, output):
 def test_no_partial_output_after_a_failure(d2q, monkeypatch):
     from d2qconv.export.package import atomic_output
 
-    def convert(job, watch):
-        with atomic_output(job.output, overwrite=job.overwrite) as path:
+    def convert(planned, watch):
+        with atomic_output(planned.job.output, overwrite=planned.job.overwrite) as path:
             path.write_text("half")
             raise PlanError("no")
 

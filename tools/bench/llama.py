@@ -182,7 +182,10 @@ class Library:
         gb.ggml_backend_tensor_get.argtypes = [POINTER(_Tensor), c_void_p, c_size_t, c_size_t]
         gb.ggml_type_name.argtypes, gb.ggml_type_name.restype = [c_int32], c_char_p
         gb.ggml_commit.restype = gb.ggml_version.restype = c_char_p
-        gb.gguf_init_from_file.argtypes, gb.gguf_init_from_file.restype = [c_char_p, _GgufInitParams], c_void_p
+        gb.gguf_init_from_file.argtypes, gb.gguf_init_from_file.restype = (
+            [c_char_p, _GgufInitParams],
+            c_void_p,
+        )
         gb.gguf_free.argtypes = [c_void_p]
         gb.gguf_get_n_tensors.argtypes, gb.gguf_get_n_tensors.restype = [c_void_p], c_int64
         for name, result in (

@@ -7,7 +7,6 @@ are scored against the token that follows.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from llama import I32, Library, Model, opened
 from metrics import Positions, compare, log_softmax
-
-MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Base:
             out[i] = log_softmax(model.logits(chunk, self.first)[:-1])
         out.flush()
         del out
-        os.replace(part, file)
+        part.replace(file)
 
     def score(self, lib: Library, gguf: Path) -> list[Positions]:
         """One Positions a chunk of the candidate file. Raises ValueError on another tokenization."""
@@ -84,7 +81,9 @@ class Base:
         with opened(lib, gguf, self.protocol.n_ctx) as model:
             tokens = chunks_of(model, self.protocol.text, self.protocol.n_ctx, self.protocol.n_chunks)
             if not np.array_equal(tokens, self.tokens):
-                raise ValueError(f"{gguf}: its tokenizer splits {self.protocol.text} otherwise than {self.gguf}")
+                raise ValueError(
+                    f"{gguf}: its tokenizer splits {self.protocol.text} otherwise than {self.gguf}"
+                )
             for chunk, log_p in zip(tokens, self.log_p, strict=True):
                 log_q = log_softmax(model.logits(chunk, self.first)[:-1])
                 parts.append(compare(log_p.astype(np.float64), log_q, chunk[self.first + 1 :]))
@@ -123,7 +122,7 @@ def imatrix(lib: Library, gguf: Path, protocol: Protocol, folder: Path) -> dict[
         means = {name: (s / sums.counts[name]).astype(np.float32) for name, s in sums.sums.items()}
         part = file.with_suffix(".part.npz")
         np.savez(part, **means)
-        os.replace(part, file)
+        part.replace(file)
     with np.load(file) as data:
         return {name: data[name] for name in data.files}
 

@@ -120,8 +120,8 @@ def f16_bytes(x: NDArray[np.generic]) -> Bytes:
 
 
 def f16_values(data: Bytes) -> NDArray[np.generic]:
-    """u8[N, 2] to f16[N]; every bit pattern survives."""
-    return np.ascontiguousarray(data).view("<f2").astype(np.float16, copy=False).reshape(-1)
+    """u8[N, 2] to f16[N], a copy; every bit pattern survives."""
+    return np.array(data).view("<f2").astype(np.float16, copy=False).reshape(-1)
 
 
 def join_planes(codes: Bytes, bits: int, width: int) -> Bytes:

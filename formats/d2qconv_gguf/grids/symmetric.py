@@ -12,13 +12,7 @@ from torch import Tensor
 from d2qconv.grids.base import Params
 from d2qconv_gguf.grids.problem import Problem, row_chunks
 from d2qconv_gguf.grids.scalar import ScalarGrid
-from d2qconv_gguf.grids.symmetric_search import (
-    SymmetricShape,
-    choose_inner,
-    fit_block,
-    fit_single,
-    signed_fit,
-)
+from d2qconv_gguf.grids.symmetric_search import SymmetricShape, fit_block, fit_single, try_all_inner
 
 
 class Q3K(ScalarGrid):
@@ -26,7 +20,7 @@ class Q3K(ScalarGrid):
 
     id = "q3_k"
     block, group, levels, zero, block_bytes = 256, 16, 8, 4, 110
-    search = SymmetricShape(4, tuple(2.0 + 0.19 * k for k in range(16)))
+    search = SymmetricShape(4, tuple(2.2 + 0.28 * k for k in range(10)))
 
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
         """Give step = d·(sc - 32), exact in f32."""
@@ -46,15 +40,13 @@ class Q3K(ScalarGrid):
     def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:
         """Choose sc of one group again under the given d; see `Grid.refit`.
 
-        Candidates are the integers around the best step of either sign and the present one, compared by the true
-        weighted error: it never grows.
+        All 64 integers are tried, and compared with the present one by the true weighted error: it never grows.
         """
         chosen = []
         for rows in row_chunks(w):
             p = Problem.make(w[rows], importance, self.group)
             d = params["d"][rows, 0].to(torch.float32) / p.scale
-            steps = tuple(signed_fit(p, self.search, sign).step for sign in (1, -1))
-            error, sc = choose_inner(p, d, steps, self.zero)
+            error, sc = try_all_inner(p, d, self.zero)
             old = params["sc"][rows, :, group].t().to(torch.float32) - 32
             old_error = p.residual((old * d)[None], None, -self.zero, self.zero - 1)[0]
             chosen.append(torch.where(error < old_error, sc, old)[0] + 32)

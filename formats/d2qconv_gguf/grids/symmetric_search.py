@@ -4,7 +4,7 @@ The lowest integer reaches one further than the highest, so the sign of the step
 From many starting steps of either sign, codes and the weighted least-squares step alternate. Q4_0 and Q8_0 round the
 step to f16 and are done. Q3_K (step = d·sc, sc a signed 6-bit integer per 16 columns) then searches d with the codes
 found, and from the best few alternates, as `affine_search` does, inner integers under the true error and the
-least-squares d, rounded to f16.
+least-squares d, rounded to f16. At the end all 64 integers are tried in every group.
 
 Source of the formats: ggml-quants.c. The objective is the given importance alone.
 """
@@ -141,7 +141,19 @@ def choose_inner(p: Problem, d: Tensor, steps: tuple[Tensor, ...], zero: int) ->
     return best[0], best[1]
 
 
-def fit_block(p: Problem, shape: SymmetricShape, keep: int = 2, rounds: int = 3) -> SignedInner:
+def try_all_inner(p: Problem, d: Tensor, zero: int) -> tuple[Tensor, Tensor]:
+    """The best integer sc of every group, of all there are, by the true error. Returns error and sc, f32[G, n]."""
+    best: tuple[Tensor, ...] | None = None
+    every = torch.arange(LOWEST_SCALE, HIGHEST_SCALE + 1, dtype=p.w.dtype, device=p.w.device)
+    for chunk in p.chunks(every):
+        sc = chunk[:, None, None].expand(-1, *p.sum_w.shape)
+        found = best_of((p.residual(sc * d, None, -zero, zero - 1), sc))
+        best = found if best is None else keep_best(best, found)
+    assert best is not None
+    return best[0], best[1]
+
+
+def fit_block(p: Problem, shape: SymmetricShape, keep: int = 2, rounds: int = 2) -> SignedInner:
     """All parameters of one Q3_K block, see the module's docstring."""
     fits = (signed_fit(p, shape, 1), signed_fit(p, shape, -1))
     best: SignedInner | None = None
@@ -154,7 +166,8 @@ def fit_block(p: Problem, shape: SymmetricShape, keep: int = 2, rounds: int = 3)
             if number < rounds - 1:
                 d = _least_squares_d(p, state, shape.zero)
     assert best is not None
-    return best
+    error, sc = try_all_inner(p, best.d, shape.zero)
+    return _better(p, best, SignedInner(error, best.d, sc))
 
 
 def _least_squares_d(p: Problem, x: SignedInner, zero: int) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import math
+import shutil
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,7 +16,7 @@ import torch
 from d2qconv.arch.registry import BUILT_IN
 from d2qconv.arch.spec import Dims, ModelDesc, Rope
 from d2qconv.checkpoint.dense import Dense
-from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
+from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.export.base import Carrier, FloatType, Package, TargetPlan, silent
 from d2qconv.grids.base import Grid, stack_blocks
 from d2qconv.ir.coded import Coded
@@ -19,6 +24,10 @@ from d2qconv.ir.model import Provenance, QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf.exporter import GgufExporter
+
+#: the embedding is most of a tiny model: left in f16 where its type does not matter
+FAST = GgufOptions(type="q4_0", embedding="f16")
+PLAIN = GgufOptions(type="f16", embedding="f16", head="f16")
 
 LLAMA_5M = Path(__file__).parents[2] / "data" / "tiny-llama-5m"
 PROVENANCE = Provenance(
@@ -44,12 +53,15 @@ ROPES = {
         original_max_positions=64,
     ),
 }
-DIMS = Dims(vocab=8192, hidden=256, ffn=512, n_layers=2, n_heads=4, n_kv_heads=2, head=64)
+DIMS = Dims(vocab=512, hidden=256, ffn=256, n_layers=2, n_heads=4, n_kv_heads=2, head=64)
 #: biases that the checkpoints of an architecture have
 OWN_BIASES = {"qwen2": (Role.Q, Role.K, Role.V)}
 
 
-def make_desc(arch: str, *, biases=None, is_tied=True, rope="default", dims=DIMS, seed=0, dtype=torch.bfloat16):
+@cache
+def make_desc(
+    arch: str, *, biases=None, is_tied=True, rope="default", dims=DIMS, seed=0, dtype=torch.bfloat16
+):
     """A random model. Its logits have a spread of about 1, so that their errors can be seen."""
     table = BUILT_IN[arch]
     biases = OWN_BIASES.get(arch, ()) if biases is None else biases
@@ -73,6 +85,23 @@ def make_desc(arch: str, *, biases=None, is_tied=True, rope="default", dims=DIMS
     return ModelDesc(table, dims, ROPES[rope], 1e-5, is_tied, 256, (0,), (0,), tensors)
 
 
+@cache
+def small_source() -> Checkpoint:
+    """A checkpoint with the first 512 tokens of a real tokenizer, and no weights."""
+    folder = Path(tempfile.mkdtemp(prefix="d2qconv-tokenizer-"))
+    atexit.register(shutil.rmtree, folder)
+    tokenizer = json.loads((LLAMA_5M / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < DIMS.vocab}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    model["merges"] = [p for p in pairs if {*p, "".join(p)} <= model["vocab"].keys()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(LLAMA_5M / "tokenizer_config.json", folder)
+    config = json.loads((LLAMA_5M / "config.json").read_text()) | {"vocab_size": DIMS.vocab}
+    return Checkpoint(folder, str(folder), "", config, {}, "")
+
+
+@cache
 def nearest(weight: torch.Tensor, grid: Grid) -> Coded:
     """Round to nearest, block by block."""
     codes, params = [], []
@@ -110,7 +139,7 @@ def write(
     plan = exporter.plan(desc, carrier)
     assert not plan.refusals, plan.refusals
     model = quantized(desc, plan, shift=shift)
-    source = checkpoint or open_checkpoint(str(LLAMA_5M))
+    source = checkpoint or small_source()
     return exporter.write(model, source, plan, path, silent), plan, model
 
 

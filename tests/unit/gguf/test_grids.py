@@ -43,7 +43,7 @@ def test_fits_beat_ggml(name, flat, weighted):
     assert relative_error(GRIDS[name], w, importance) < weighted
 
 
-@pytest.mark.parametrize(("name", "slack"), [("q2_k", 1.01), ("q3_k", 1.01), ("q4_k", 1.04)])
+@pytest.mark.parametrize(("name", "slack"), [("q2_k", 1.01), ("q3_k", 1.000001), ("q4_k", 1.04)])
 def test_refit_is_near_the_best_of_all_integers(name, slack):
     grid = GRIDS[name]
     w, importance = gaussian(32, 256)

@@ -41,8 +41,10 @@ def chain(*steps: dict) -> dict:
     return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-POSSESSIVE = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+POSSESSIVE = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 #: name, pre-tokenizer as its checkpoints write it, ignore_merges
 ROWS = [

@@ -24,7 +24,9 @@ PLAIN = [t for t in [*TEXTS, *MARKS, *CORPUS] if "<|" not in t]
 
 
 @cache
-def trained(model_type: str = "bpe", normalizer: str = "identity", **more: Any) -> bytes:
+def trained(
+    model_type: str = "bpe", normalizer: str = "identity", symbol: str = "<tool>", **more: Any
+) -> bytes:
     options = {"byte_fallback": True, "remove_extra_whitespaces": False, "split_digits": True, **more}
     out = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -33,7 +35,7 @@ def trained(model_type: str = "bpe", normalizer: str = "identity", **more: Any) 
         model_type=model_type,
         vocab_size=600,
         normalization_rule_name=normalizer,
-        user_defined_symbols=["▁▁", "<tool>"],
+        user_defined_symbols=[symbol],
         hard_vocab_limit=False,
         minloglevel=2,
         **options,
@@ -70,7 +72,6 @@ def as_json(model: bytes, normalizer: dict | None, pre: dict | None, **more: Any
          "single_word": False, "lstrip": False, "rstrip": False}
         for i, p in enumerate(pieces) if p.type in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
     ]  # fmt: skip
-    added = [a for a in added if a["content"] != "▁▁"]
     kinds = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     parts = {"version": "1.0", "added_tokens": added, "normalizer": normalizer, "pre_tokenizer": pre}
     return json.dumps({**parts, "model": {**kinds, "vocab": vocab, "merges": ranked, **more}})
@@ -90,7 +91,6 @@ LEGACY = {
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     ],
 }
-METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
 
 
 def test_the_model_file_is_read_as_the_library_reads_it(folder):
@@ -118,10 +118,21 @@ def test_llama_cpp_agrees_with_sentencepiece(tmp_path, has_prefix):
         assert tokenize(text) == library(model).encode(text), text
 
 
+def assert_equal(folder: Path, text: str, texts: list[str]) -> None:
+    """That llama.cpp and tokenizer.json `text` tokenize alike."""
+    keys = tokenizer_metadata(checkpoint_of(folder, text), 620)
+    hf, tokenize = Tokenizer.from_str(text), llama_vocab(folder / "x.gguf", keys)
+    assert [t for t in texts if tokenize(t) != hf.encode(t).ids] == []
+
+
+#: Special tokens inside, each followed by text.
+SPECIAL = ["a<tool>b", "x</s>y", "<s>[INST] Hi [/INST]"]
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+
+
 @pytest.mark.parametrize(
-    ("normalizer", "pre"), [(LEGACY, None), (LEGACY["normalizers"][1], None), (None, METASPACE),
-                            (None, {**METASPACE, "prepend_scheme": "never"})]
-)  # fmt: skip
+    ("normalizer", "pre"), [(LEGACY, None), (LEGACY["normalizers"][1], None), (None, METASPACE)]
+)
 @pytest.mark.parametrize("has_model_file", [True, False])
 def test_llama_cpp_agrees_with_tokenizer_json(tmp_path, normalizer, pre, has_model_file):
     put(tmp_path, "tokenizer_config.json", CONFIG)
@@ -131,25 +142,18 @@ def test_llama_cpp_agrees_with_tokenizer_json(tmp_path, normalizer, pre, has_mod
     checkpoint = checkpoint_of(tmp_path, text)
     assert tokenizer_refusals(checkpoint) == []
     assert tokenizer_warnings(checkpoint) == []
-    keys = tokenizer_metadata(checkpoint, 620)
-    hf, tokenize = Tokenizer.from_str(text), llama_vocab(tmp_path / "x.gguf", keys)
-    for text in [*PLAIN, "a<tool>b", "x</s>y", "<s>[INST] Hi [/INST]"]:
-        assert tokenize(text) == hf.encode(text).ids, text
+    assert_equal(tmp_path, text, [*PLAIN, *SPECIAL])
 
 
-def test_a_prefix_on_the_first_word_only_is_a_warning(tmp_path):
+@pytest.mark.parametrize(("scheme", "also"), [("always", SPECIAL), ("first", [])])
+def test_a_prefix_by_metaspace_is_a_warning(tmp_path, scheme, also):
     put(tmp_path, "tokenizer_config.json", CONFIG)
-    text = as_json(trained(), None, {**METASPACE, "prepend_scheme": "first"})
+    text = as_json(trained(), None, {**METASPACE, "prepend_scheme": scheme})
     checkpoint = checkpoint_of(tmp_path, text)
     assert tokenizer_refusals(checkpoint) == []
-    assert "after every special token" in tokenizer_warnings(checkpoint)[0]
-    hf, tokenize = (
-        Tokenizer.from_str(text),
-        llama_vocab(tmp_path / "x.gguf", tokenizer_metadata(checkpoint, 620)),
-    )
-    for text in PLAIN:
-        assert tokenize(text) == hf.encode(text).ids, text
-    assert tokenize("x</s>y") != hf.encode("x</s>y").ids
+    assert "begins with a space" in tokenizer_warnings(checkpoint)[0]
+    assert ("after every special token" in tokenizer_warnings(checkpoint)[0]) is (scheme == "first")
+    assert_equal(tmp_path, text, [t for t in PLAIN if not t.startswith(" ")] + also)
 
 
 def test_special_tokens_and_padding(folder):
@@ -181,6 +185,7 @@ def test_special_tokens_and_padding(folder):
         ({"normalizer": "nmt_nfkc"}, "normalizes"),
         ({"remove_extra_whitespaces": True}, "extra white space"),
         ({"byte_fallback": False}, "byte pieces"),
+        ({"symbol": "▁▁"}, "'▁▁'"),
     ],
 )
 def test_what_llama_cpp_would_tokenize_differently_is_refused(folder, options, said):

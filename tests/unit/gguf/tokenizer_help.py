@@ -155,20 +155,25 @@ def load(path: Path, keys: Sequence[KV]) -> Any:
     """Write a one-block model with this tokenizer and load it in llama.cpp."""
     from cyllama.llama.llama_cpp import LlamaModel, disable_logging
 
-    desc = tiny_desc(next(len(kv.value) for kv in keys if kv.key == "tokenizer.ggml.tokens"))
+    desc = tiny_desc(len(value(keys, "tokenizer.ggml.tokens")))
+    tensors = {name: np.ones(shape, np.float32) for name, shape in tensor_shapes(desc).items()}
+    write_gguf(path, [*model_metadata(desc, layout="llama", file_type=0), *keys], tensors)
+    disable_logging()
+    _KEPT.append(LlamaModel(str(path)))
+    return _KEPT[-1]
+
+
+def write_gguf(path: Path, keys: Sequence[KV], tensors: Mapping[str, np.ndarray]) -> None:
     writer = GGUFWriter(path, "llama")
-    for kv in [*model_metadata(desc, layout="llama", file_type=0), *keys]:
+    for kv in keys:
         if kv.key != "general.architecture":
             writer.add_key_value(kv.key, kv.value, kv.type, kv.sub_type)
-    for name, shape in tensor_shapes(desc).items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    disable_logging()
-    _KEPT.append(LlamaModel(str(path)))
-    return _KEPT[-1]
 
 
 def tiny_desc(

@@ -1,0 +1,232 @@
+"""The product: one command, from a checkpoint to a file that stock llama.cpp loads."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import d2qconv
+from d2qconv.cli import main
+from d2qconv.evaluate.reference import logits
+from d2qconv.testing.models import make_checkpoint
+from d2qconv_gguf.reader import read_model
+from d2qconv_gguf.runtime import LlamaCpp
+
+LLAMA = Path(__file__).parent.parent / "data" / "tiny-llama-5m"
+QWEN3 = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
+QUICK = ("--sequences", "8", "--length", "48", "--device", "cpu", "--json")
+
+
+def to_gguf(capsys, model, out, *options):
+    """Run the command in this process; returns (exit code, the JSON object that it printed)."""
+    code = main(["to-gguf", str(model), "-o", str(out), *QUICK, *options])
+    printed = capsys.readouterr().out
+    return code, json.loads(printed)
+
+
+def names(folder):
+    return sorted(f.name for f in folder.iterdir())
+
+
+def tensor_types(path):
+    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """Makes a random checkpoint with a real tokenizer."""
+
+    def make(model_type, **sizes):
+        folder = tmp_path_factory.mktemp(model_type) / "model"
+        return make_checkpoint(folder, model_type, vocab=8192, tokenizer=LLAMA, layers=1, **sizes)
+
+    return make
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_the_default_command_gives_a_verified_2_bit_file(capsys, tmp_path, model):
+    out = tmp_path / "m.gguf"
+    code, report = to_gguf(capsys, model, out)
+    assert code == 0
+    assert names(tmp_path) == ["m.gguf"]
+    assert report["n_bytes"] == out.stat().st_size
+    assert all(check["is_passed"] for check in report["checks"])
+    types = tensor_types(out)
+    linears = {
+        n: t
+        for n, t in types.items()
+        if re.search(r"(attn_(q|k|v|output)|ffn_\w+)\.weight", n) and "norm" not in n
+    }
+    assert set(linears.values()) == {"Q2_K"}
+    assert len(linears) == 4 * 7
+    assert types["token_embd.weight"] == "Q8_0"
+    assert ("blk.0.ffn_gate.bias" in types) == (model is LLAMA)
+    # The source knows English; a wrong permutation or fold would make its text as unlikely as any.
+    assert report["perplexity"] < 6 * report["perplexity_source"]
+    with LlamaCpp(out) as runtime:
+        tokens = runtime.tokenize("The little dog ran over the hill")
+        theirs = torch.from_numpy(runtime.logits(tokens))
+    ours = logits(read_model(out), torch.tensor([tokens]))[0]
+    assert float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().mean()) < 0.2
+    assert main(["verify", str(out), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("mistral", {"tied": False}),
+        ("qwen2", {"attention_bias": True}),
+        ("qwen3", {"tied": False, "heads": 4, "kv_heads": 1}),
+    ],
+)
+@pytest.mark.parametrize("grid", ["q3_k", "q4_0"])
+def test_every_architecture_loads_and_agrees(capsys, tmp_path, random_model, model_type, sizes, grid):
+    model = random_model(model_type, **sizes)
+    out = tmp_path / "m.gguf"
+    code, report = to_gguf(capsys, model, out, "--type", grid)
+    assert code == 0, report
+    assert {"llama.cpp loads it", "llama.cpp computes it"} <= {c["name"] for c in report["checks"]}
+
+
+def test_without_dac_qwen2_keeps_its_name(capsys, tmp_path, random_model):
+    out = tmp_path / "m.gguf"
+    code, _ = to_gguf(capsys, random_model("qwen2", attention_bias=True), out, "--no-dac")
+    assert code == 0
+    field = gguf.GGUFReader(out).get_field("general.architecture")
+    assert field is not None
+    assert field.contents() == "qwen2"
+
+
+def test_two_runs_give_the_same_bytes(capsys, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        assert to_gguf(capsys, QWEN3, tmp_path / name)[0] == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_killed_and_started_again_gives_the_same_bytes(capsys, tmp_path):
+    assert to_gguf(capsys, QWEN3, tmp_path / "straight.gguf")[0] == 0
+    out = tmp_path / "killed.gguf"
+    out.write_bytes(b"an earlier file")
+    command = [sys.executable, "-m", "d2qconv", "to-gguf", str(QWEN3), "-o", str(out), "--overwrite", *QUICK]
+    work = out.with_name("killed.gguf.work")
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 240
+    while not (work / "block-0001.safetensors").exists():
+        assert run.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert out.read_bytes() == b"an earlier file"
+    assert names(tmp_path) == ["killed.gguf", "killed.gguf.work", "straight.gguf"]
+    assert to_gguf(capsys, QWEN3, out, "--overwrite")[0] == 0
+    assert out.read_bytes() == (tmp_path / "straight.gguf").read_bytes()
+    assert not work.exists()
+
+
+def broken(folder, change):
+    """A copy of the tiny Llama with `change(tensors, config)` done to it."""
+    shutil.copytree(LLAMA, folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def nan(tensors, config):
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = torch.nan
+
+
+def infinite(tensors, config):
+    tensors["model.embed_tokens.weight"][7, 7] = torch.inf
+
+
+def misshapen(tensors, config):
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:-1].clone()
+
+
+def missing(tensors, config):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def unknown_architecture(tensors, config):
+    config["model_type"] = "mamba"
+
+
+def unknown_key(tensors, config):
+    config["residual_multiplier"] = 0.5
+
+
+def active_window(tensors, config):
+    config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=128)
+
+
+@pytest.mark.parametrize(
+    ("change", "exit_code", "what"),
+    [
+        (nan, 2, "up_proj"),
+        (infinite, 2, "embed_tokens"),
+        (misshapen, 2, "up_proj"),
+        (missing, 2, "up_proj"),
+        (unknown_architecture, 3, "mamba"),
+        (unknown_key, 3, "residual_multiplier"),
+        (active_window, 3, "sliding"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_clear_error(capsys, tmp_path, change, exit_code, what):
+    model = broken(tmp_path / "model", change)
+    out = tmp_path / "out" / "m.gguf"
+    out.parent.mkdir()
+    out.write_bytes(b"an earlier file")
+    code = main(["to-gguf", str(model), "-o", str(out), "--overwrite", "--sequences", "4", "--length", "16"])
+    captured = capsys.readouterr()
+    assert code == exit_code
+    assert what in captured.err
+    assert "Traceback" not in captured.err
+    assert out.read_bytes() == b"an earlier file"
+    assert [n for n in names(out.parent) if not n.endswith(".work")] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "what"),
+    [
+        (["--type", "q9_k"], 3, "q9_k"),
+        (["--calibration", "nowhere.txt"], 2, "nowhere.txt"),
+        (["--length", "100000"], 2, "context"),
+        (["--device", "cuda:77"], 2, "cuda:77"),
+        (["--carrier", "rank2"], 2, "rank2"),
+    ],
+)
+def test_a_bad_option_is_one_clear_error(capsys, tmp_path, options, exit_code, what):
+    code = main(["to-gguf", str(LLAMA), "-o", str(tmp_path / "m.gguf"), *options])
+    assert code == exit_code
+    assert what in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+def test_a_calibration_text_that_is_too_short(capsys, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Only a few words.")
+    code = main(["to-gguf", str(LLAMA), "-o", str(tmp_path / "m.gguf"), "--calibration", str(text)])
+    assert code == 2
+    assert "less than one sequence" in capsys.readouterr().err
+    assert names(tmp_path) == ["short.txt"]
+
+
+def test_a_width_that_does_not_fit_is_refused_with_the_types_that_do(capsys, tmp_path, random_model):
+    model = random_model("llama", hidden=192, heads=3, kv_heads=3)
+    code = main(["to-gguf", str(model), "-o", str(tmp_path / "m.gguf")])
+    error = capsys.readouterr().err
+    assert code == 3
+    assert "q4_0" in error

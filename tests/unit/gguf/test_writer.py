@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import hashlib
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf_models import FAST, make_desc, nearest, write
+
+from d2qconv.checkpoint.dense import Dense
+from d2qconv.errors import ExportError
+from d2qconv.export.base import Carrier, silent
+from d2qconv.ir.coded import Coded
+from d2qconv.names import Part, Role, TensorId
+from d2qconv_gguf.grids import GRIDS
+from d2qconv_gguf.names import LLAMA, row_order
+from d2qconv_gguf.types import n_bytes, storage
+from d2qconv_gguf.writer import Entry, digest_all, write_file
+
+
+def entry(name, stored, kind, order=None):
+    shape = tuple(stored.shape)
+    return Entry(name, shape, kind, n_bytes(storage(kind), shape), stored, order)
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q4_0", "q8_0"])
+def test_decoded_by_gguf_py_bit_for_bit_with_rows_permuted(tmp_path, kind):
+    coded = nearest(torch.randn(24, 512, generator=torch.Generator().manual_seed(3)), GRIDS[kind])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(4))
+    made = [entry("a", coded, kind, order)]
+    digests = digest_all(made, silent)
+    write_file(tmp_path / "x.gguf", "llama", [], made, silent)
+    (tensor,) = gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    seen = gguf.dequantize(tensor.data, tensor.tensor_type)
+    assert np.array_equal(seen.view(np.uint32), coded.decode()[order].numpy().view(np.uint32))
+    assert digests["a"] == hashlib.sha256(seen.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+def test_floats_are_rounded_to_nearest_and_recorded_as_stored(tmp_path, kind, source):
+    values = torch.randn(7, 33, generator=torch.Generator().manual_seed(3)).to(source)
+    made = [entry("a", Dense.of(values), kind), entry("b", Dense.of(values[0]), "f32")]
+    digests = digest_all(made, silent)
+    write_file(tmp_path / "x.gguf", "llama", [], made, silent)
+    tensor = gguf.GGUFReader(tmp_path / "x.gguf").tensors[0]
+    seen = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(7, 33)
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    assert np.array_equal(seen, values.to(dtype).float().numpy())
+    assert digests["a"] == hashlib.sha256(seen.tobytes()).hexdigest()
+
+
+def test_values_that_f16_cannot_hold_are_refused(tmp_path):
+    made = [entry("a", Dense.of(torch.tensor([[1.0, 1e6]])), "f16")]
+    with pytest.raises(ExportError, match="not finite in f16"):
+        write_file(tmp_path / "x.gguf", "llama", [], made, silent)
+
+
+def test_a_full_disk_is_an_export_error():
+    made = [entry("a", Dense.of(torch.zeros(64, 4096)), "f32")]
+    with pytest.raises(ExportError, match="cannot be written"):
+        write_file(_full(), "llama", [], made, silent)
+
+
+def _full():
+    from pathlib import Path
+
+    path = Path("/dev/full")
+    if not path.exists():
+        pytest.skip("no /dev/full here")
+    return path
+
+
+def test_a_missing_folder_is_an_export_error(tmp_path):
+    with pytest.raises(ExportError, match="cannot be written"):
+        write_file(tmp_path / "no" / "x.gguf", "llama", [], [], silent)
+
+
+def test_one_tensor_at_a_time(tmp_path):
+    """No tensor is loaded before the one before it is done with."""
+    events = []
+
+    def read(name):
+        events.append(name)
+        return torch.ones(4, 32)
+
+    made = [entry(n, Dense((4, 32), torch.float32, lambda n=n: read(n)), "f32") for n in "abc"]
+    digest_all(made, silent)
+    write_file(tmp_path / "x.gguf", "llama", [], made, lambda done, total, what: events.append(what))
+    assert events == ["a", "b", "c", "write a", "a", "write b", "b", "write c", "c", "written"]
+
+
+def test_q_and_its_bias_are_permuted_in_a_llama_file(tmp_path):
+    desc = make_desc("qwen2")
+    package, _, model = write(tmp_path / "x.gguf", desc, FAST, Carrier.BIAS)
+    tensors = {t.name: t for t in gguf.GGUFReader(package.path).tensors}
+    for role, name in ((Role.Q, "blk.1.attn_q"), (Role.K, "blk.1.attn_k")):
+        order = row_order(TensorId(role, 1), LLAMA, desc.dims)
+        coded = model.tensors[TensorId(role, 1)]
+        assert isinstance(coded, Coded)
+        weight = tensors[f"{name}.weight"]
+        seen = gguf.dequantize(weight.data, weight.tensor_type)
+        assert np.array_equal(seen, coded.decode()[order].numpy())
+        bias = desc.tensors[TensorId(role, 1, Part.BIAS)].load().float()
+        assert np.array_equal(tensors[f"{name}.bias"].data, bias[order].numpy())
+        assert not np.array_equal(tensors[f"{name}.bias"].data, bias.numpy())
+    package, _, model = write(tmp_path / "y.gguf", desc, FAST, Carrier.NONE)
+    tensors = {t.name: t for t in gguf.GGUFReader(package.path).tensors}
+    bias = desc.tensors[TensorId(Role.Q, 1, Part.BIAS)].load().float()
+    assert np.array_equal(tensors["blk.1.attn_q.bias"].data, bias.numpy())
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path):
+    desc = make_desc("qwen3")
+    one, _, _ = write(tmp_path / "x.gguf", desc, FAST)
+    two, _, _ = write(tmp_path / "y.gguf", desc, FAST)
+    assert one.path.read_bytes() == two.path.read_bytes()

@@ -1,0 +1,133 @@
+"""The sweep against GPTQ written down naively, and its promises."""
+
+import pytest
+import torch
+
+from d2qconv.errors import RunError
+from d2qconv.grids.base import take_block
+from d2qconv.ir.coded import cat_coded
+from d2qconv.quant.hessian import inverse_factor, toward_source
+from d2qconv.quant.sweep import gptq, round_to_nearest
+from d2qconv_gguf.grids import GRIDS
+
+BLOCK_GRIDS = ["q2_k", "q3_k", "q4_k", "q4_0", "q8_0"]
+
+
+def problem(n_out=24, n_in=512, seed=0):
+    """Weights and a Hessian whose inputs are strongly correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n_in, n_in, generator=generator) / n_in**0.5
+    x = torch.randn(4 * n_in, n_in, generator=generator) @ (torch.eye(n_in) + 2 * mix)
+    w = torch.randn(n_out, n_in, generator=generator) * 0.05
+    return w, x.T @ x / len(x)
+
+
+def loss(w, w_hat, gram):
+    difference = w - w_hat
+    return float(((difference @ gram) * difference).sum())
+
+
+def naive_gptq(w, gram, grid, damping):
+    """Algorithm 1 of the paper: one column after the other, the inverse Hessian's factor by three factorisations."""
+    h = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram))
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
+    rest, decoded = w.clone(), torch.empty_like(w)
+    for start in range(0, w.shape[1], grid.block):
+        stop = start + grid.block
+        params = grid.fit(rest[:, start:stop].clone(), u.diagonal()[start:stop] ** -2)
+        for j in range(start, stop):
+            code = grid.encode(rest[:, j : j + 1], params, j - start)
+            decoded[:, j : j + 1] = grid.decode(code, params, j - start)
+            error = (rest[:, j] - decoded[:, j]) / u[j, j]
+            rest[:, j + 1 :] -= error[:, None] * u[j, None, j + 1 :]
+    return decoded
+
+
+@pytest.mark.parametrize("name", BLOCK_GRIDS)
+def test_loss_equals_the_naive_algorithm(name):
+    w, gram = problem()
+    grid = GRIDS[name]
+    ours = gptq(w, inverse_factor(gram, 0.01, "test"), grid, is_refit=False).decode()
+    naive = naive_gptq(w, gram, grid, 0.01)
+    # The order of float additions differs, so now and then a weight falls to the other side of a boundary.
+    assert float((ours != naive).float().mean()) < 0.02
+    assert loss(w, ours, gram) == pytest.approx(loss(w, naive, gram), rel=0.02)
+
+
+@pytest.mark.parametrize("name", BLOCK_GRIDS)
+def test_compensation_beats_rounding_to_nearest(name):
+    w, gram = problem(seed=3)
+    nearest = round_to_nearest(w, gram.diagonal(), GRIDS[name]).decode()
+    compensated = gptq(w, inverse_factor(gram, 0.01, "test"), GRIDS[name], is_refit=True).decode()
+    assert loss(w, compensated, gram) < 0.8 * loss(w, nearest, gram)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k"])
+def test_refit_lowers_the_loss(name):
+    w, gram = problem(n_out=64, seed=5)
+    factor = inverse_factor(gram, 0.01, "test")
+    without = loss(w, gptq(w, factor, GRIDS[name], is_refit=False).decode(), gram)
+    assert loss(w, gptq(w, factor, GRIDS[name], is_refit=True).decode(), gram) < without
+
+
+def test_uncorrelated_inputs_leave_nothing_to_compensate():
+    w, _ = problem(n_in=256)
+    gram = torch.diag(torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5)
+    factor = inverse_factor(gram, 1e-6, "test")
+    swept = gptq(w, factor, GRIDS["q4_k"], is_refit=False)
+    nearest = round_to_nearest(w, factor.diagonal() ** -2, GRIDS["q4_k"])
+    assert torch.equal(swept.codes, nearest.codes)
+
+
+def test_rows_do_not_know_each_other():
+    w, gram = problem()
+    factor = inverse_factor(gram, 0.01, "test")
+    together = gptq(w, factor, GRIDS["q2_k"], is_refit=True)
+    apart = cat_coded([gptq(part, factor, GRIDS["q2_k"], is_refit=True) for part in w.split(12)])
+    share = float((together.codes != apart.codes).float().mean())
+    assert share < 0.02
+    assert loss(w, together.decode(), gram) == pytest.approx(loss(w, apart.decode(), gram), rel=0.02)
+
+
+def test_what_comes_back_is_codes_and_storage_precision():
+    w, gram = problem()
+    coded = gptq(w, inverse_factor(gram, 0.01, "test"), GRIDS["q2_k"], is_refit=True)
+    assert coded.codes.dtype == torch.uint8
+    assert {p.dtype for p in coded.params.values()} <= {torch.float16, torch.uint8}
+    block = take_block(coded.params, 1)
+    assert torch.equal(coded.decode()[:, 256:], GRIDS["q2_k"].decode(coded.codes[:, 256:], block))
+
+
+def test_factor_inverts_the_damped_hessian():
+    _, gram = problem()
+    u = inverse_factor(gram, 0.02, "test").double()
+    damped = gram.double() + 0.02 * gram.diagonal().double().mean() * torch.eye(512)
+    assert torch.equal(u, u.triu())
+    assert torch.allclose(u.T @ u @ damped, torch.eye(512, dtype=torch.float64), atol=1e-4)
+
+
+def test_a_dead_input_and_a_singular_hessian_are_survived():
+    w, gram = problem()
+    gram[7] = 0
+    gram[:, 7] = 0
+    one = torch.ones(512)
+    for h in (gram, torch.outer(one, one), torch.zeros(512, 512)):
+        decoded = gptq(w, inverse_factor(h, 0.01, "test"), GRIDS["q4_0"], is_refit=True).decode()
+        assert bool(torch.isfinite(decoded).all())
+
+
+def test_a_hessian_that_is_not_finite_is_an_error():
+    with pytest.raises(RunError, match="not finite"):
+        inverse_factor(torch.full((4, 4), torch.nan), 0.01, "block 3, q")
+
+
+def test_toward_source_is_the_least_squares_answer():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(8, 32, generator=generator)
+    x = torch.randn(4000, 32, generator=generator)
+    x_hat = x + 0.3 * torch.randn(4000, 32, generator=generator)
+    gram, cross = x_hat.T @ x_hat / 4000, x.T @ x_hat / 4000
+    factor = inverse_factor(gram, 1e-7, "test")
+    best = torch.linalg.lstsq(x_hat, x @ w.T).solution.T
+    assert torch.allclose(toward_source(w, cross - gram, factor, 1.0), best, atol=1e-3)
+    assert torch.equal(toward_source(w, cross - gram, factor, 0.0), w)

@@ -55,7 +55,7 @@ class BlockWalk:
         self.student = Block(self.teacher.desc, dict(self.teacher.weights), dict(self.teacher.biases))
 
     def quantize(self, stream: Stream) -> QuantizedBlock:
-        """The whole block, folds done; `stream` holds its input and is used up."""
+        """The whole block, folds done. `stream` holds its input, and behind this the input r of its FFN part."""
         student, teacher = self.student, self.teacher
         statistics = stream.measure(student.attention_input, teacher.attention_input)
         self._linears((Role.Q, Role.K, Role.V), statistics)

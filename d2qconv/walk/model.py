@@ -74,7 +74,6 @@ class Walk:
             notes.errors += about.errors
             notes.folds += about.folds
             judged.advance(block, teacher)
-            stream.advance(block, teacher)
             if not bool(torch.isfinite(stream.x).all()):
                 raise RunError("activations are not finite any more", where=f"block {index}")
         self.watch.step(n_layers, "output")
@@ -93,16 +92,21 @@ class Walk:
         return decoded(self._stored(INPUT, embed))
 
     def _block(self, index: int, teacher: Block, stream: Stream) -> tuple[Block, BlockNotes]:
-        """A quantized block, ready to compute, and its notes; from the store if it is there."""
+        """A quantized block, ready to compute, and its notes; from the store if it is there. Moves the stream on."""
         part = f"block-{index:04d}"
-        if part not in self.store.parts():
+        is_new = part not in self.store.parts()
+        if is_new:
             walk = BlockWalk(index, teacher, self.plan, self.rounder)
-            quantized = walk.quantize(Stream(stream.x, stream.source))
+            quantized = walk.quantize(stream)
             self.store.write(part, _tensors(quantized, index), walk.notes)
         block = Block(self.desc, {}, {})
         for tensor_id in self.store.tensor_ids(part):
             into = block.weights if tensor_id.part is Part.WEIGHT else block.biases
             into[tensor_id.role] = decoded(self._stored(part, tensor_id))
+        if is_new:
+            stream.advance(block.feed, teacher.feed)
+        else:
+            stream.advance(block, teacher)
         return block, self.store.notes(part, BlockNotes)
 
     def _output(self, ends: Ends, stream: Stream, notes: BlockNotes) -> Ends:

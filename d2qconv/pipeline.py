@@ -127,6 +127,7 @@ def convert(planned: Planned, watch: Watch) -> Outcome:
     job = planned.job
     check_output(job.output, job.overwrite, planned.target.n_bytes)
     with _memory_as_run_error():
+        _read_all(planned, watch)
         tokens = _calibration(planned, watch)
         spec = _run_spec(planned, tokens)
         store = _open_store(planned, spec)
@@ -163,6 +164,15 @@ def _fold_refusals(arch: Architecture, recipe: Recipe, target: TargetPlan) -> It
         yield from ScaleIntoRows().check(arch, Role.DOWN)
     if target.carrier is Carrier.BIAS:
         yield from ShiftIntoBiases().check(arch, Role.FFN_NORM)
+
+
+def _read_all(planned: Planned, watch: Watch) -> None:
+    """Read every weight once: a damaged or not finite one is an error now, not hours later in its block."""
+    tensors = planned.desc.tensors
+    watch.stage("read", len(tensors))
+    for done, (tensor_id, dense) in enumerate(tensors.items(), 1):
+        dense.load()
+        watch.step(done, str(tensor_id))
 
 
 def _calibration(planned: Planned, watch: Watch) -> CalibrationTokens:

@@ -99,7 +99,6 @@ class Rope:
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    is_truncated: bool = True
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,7 @@ def _yarn(rope: Rope, plain: Tensor, head: int) -> Tensor:
         )
 
     low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
-    if rope.is_truncated:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head - 1)
+    low, high = max(math.floor(low), 0), min(math.ceil(high), head - 1)
     if low == high:
         high += 0.001
     ramp = ((torch.arange(head // 2).float() - low) / (high - low)).clamp(0, 1)

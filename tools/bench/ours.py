@@ -12,11 +12,13 @@ EXIT_REFUSED = 3
 
 # What each row of --ladder adds to the row above it.
 LADDER: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("RTN", ("--rounding", "nearest", "--no-refit", "--no-dsq", "--no-dac")),
-    ("GPTQ", ("--rounding", "gptq", "--no-refit", "--no-dsq", "--no-dac")),
-    ("+ refit", ("--rounding", "gptq", "--refit", "--no-dsq", "--no-dac")),
-    ("+ DSQ", ("--rounding", "gptq", "--refit", "--dsq", "--no-dac")),
-    ("+ DAC", ("--rounding", "gptq", "--refit", "--dsq", "--dac")),
+    ("RTN", ("--rounding", "nearest", "--no-refit", "--no-dsq", "--no-dac", "--asymmetry", "0")),
+    ("GPTQ", ("--rounding", "gptq", "--no-refit", "--no-dsq", "--no-dac", "--asymmetry", "0")),
+    ("+ refit", ("--rounding", "gptq", "--refit", "--no-dsq", "--no-dac", "--asymmetry", "0")),
+    ("+ DSQ", ("--rounding", "gptq", "--refit", "--dsq", "--no-dac", "--asymmetry", "0")),
+    ("+ DAC", ("--rounding", "gptq", "--refit", "--dsq", "--dac", "--asymmetry", "0")),
+    ("+ asymmetry", ("--rounding", "gptq", "--refit", "--dsq", "--dac")),
+    ("- DAC", ("--rounding", "gptq", "--refit", "--dsq", "--no-dac")),
 )
 
 
@@ -48,7 +50,7 @@ def convert(settings: Settings, type_name: str, label: str, flags: tuple[str, ..
     file = settings.folder / f"{settings.model.name}-{type_name}-{label}.gguf"
     command = (
         sys.executable, "-m", "d2qconv", "to-gguf", str(settings.model), "-o", str(file), "--overwrite",
-        "--type", type_name, "--embedding", settings.embedding, "--gguf-output", settings.embedding,
+        "--type", type_name, "--embedding", settings.embedding, "--head", settings.embedding,
         "--calibration", str(settings.calibration), "--sequences", str(settings.sequences),
         "--length", str(settings.length), "--json", *flags, *settings.extra,
     )  # fmt: skip
@@ -60,7 +62,7 @@ def source(model: Path, folder: Path, type_name: str) -> Made:
     file = folder / f"{model.name}-{type_name}.gguf"
     command = (
         sys.executable, "-m", "d2qconv", "to-gguf", str(model), "-o", str(file), "--overwrite",
-        "--type", type_name, "--embedding", type_name, "--gguf-output", type_name,
+        "--type", type_name, "--embedding", type_name, "--head", type_name,
         "--no-dsq", "--no-dac", "--json",
     )  # fmt: skip
     return _run(command, file)

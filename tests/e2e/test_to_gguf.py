@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import xllamacpp
 from safetensors.torch import load_file, save_file
 
 import d2qconv
@@ -39,6 +40,17 @@ def names(folder):
 
 def tensor_types(path):
     return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+
+
+def other_llama_cpp(path, prompt, n):
+    """What a second build of llama.cpp, from other hands, says greedily: [(token, log probability)]."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 128
+    params.n_gpu_layers = 0
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions({"prompt": prompt, "n_predict": n, "temperature": 0, "n_probs": 1})
+    return [(t["id"], t["logprob"]) for t in answer["choices"][0]["logprobs"]["content"]]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +87,12 @@ def test_the_default_command_gives_a_verified_2_bit_file(capsys, tmp_path, model
     with LlamaCpp(out) as runtime:
         tokens = runtime.tokenize("The little dog ran over the hill")
         theirs = torch.from_numpy(runtime.logits(tokens))
+        greedy = runtime.sample(tokens, 4)
     ours = logits(read_model(out), torch.tensor([tokens]))[0]
     assert float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().mean()) < 0.2
+    other = other_llama_cpp(out, "The little dog ran over the hill", 4)
+    assert [token for token, _ in other] == greedy
+    assert other[0][1] == pytest.approx(float(ours[-1].log_softmax(-1)[greedy[0]]), abs=0.2)
     assert main(["verify", str(out), "--quiet"]) == 0
 
 

@@ -40,7 +40,7 @@ from d2qconv_gguf.names import (
 )
 from d2qconv_gguf.runtime import LlamaCpp
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
-from d2qconv_gguf.verify import verify_file
+from d2qconv_gguf.verify import require_same_function, verify_file
 
 if TYPE_CHECKING:
     from d2qconv.checkpoint.open import Checkpoint
@@ -106,7 +106,7 @@ class GgufExporter:
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
     ) -> Package:
-        """Write the file; see `Exporter`."""
+        """Write the file; see `Exporter`. Raises VerifyError if it would compute something else than the source."""
         if plan.refusals or plan.layout not in LAYOUTS:
             raise ExportError("this plan was refused", where=str(path))
         layout = LAYOUTS[plan.layout]
@@ -115,6 +115,7 @@ class GgufExporter:
         digests = writer.digest_all(made, progress)
         keys += provenance_metadata(model.provenance, digests)
         size = writer.write_file(path, layout.name, keys, made, progress)
+        require_same_function(path, model.desc)
         return Package(path, size, digests)
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
@@ -60,6 +61,36 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
             ),
         ]
     return [*checks, *_runtime_checks(file, model, progress)]
+
+
+def require_same_function(path: Path, source: ModelDesc) -> None:
+    """Raise VerifyError if the file's metadata describe another computation than the source's config.
+
+    A wrong RoPE base or norm epsilon moves a 2-bit file's logits by less than the rounding of llama.cpp's kernels,
+    so it is looked for here: everything is read back with the meaning that llama.cpp gives it.
+    """
+    found = model_of(read(path))
+    head = source.dims.head
+    pairs = {
+        "sizes": (found.dims, source.dims),
+        "context length": (found.max_positions, source.max_positions),
+        "tied head": (found.is_tied, source.is_tied),
+        "q and k norms": (found.arch.has_qk_norm, source.arch.has_qk_norm),
+    }
+    wrong = [f"{name}: {a} instead of {b}" for name, (a, b) in pairs.items() if a != b]
+    numbers = {
+        "norm epsilon": (torch.tensor(found.norm_eps), torch.tensor(source.norm_eps)),
+        "RoPE frequencies": (inverse_frequencies(found.rope, head), inverse_frequencies(source.rope, head)),
+        "RoPE attention factor": (
+            torch.tensor(attention_factor(found.rope)),
+            torch.tensor(attention_factor(source.rope)),
+        ),
+    }
+    wrong += [name for name, (a, b) in numbers.items() if not torch.allclose(a, b, rtol=1e-4, atol=0)]
+    if wrong:
+        raise VerifyError(
+            f"its metadata describe another model than the source: {'; '.join(wrong)}", where=str(path)
+        )
 
 
 def _record_check(file: GgufFile, progress: Progress) -> Check:

@@ -1,0 +1,37 @@
+"""A file whose metadata say something else than the source is caught, however small the effect on its logits."""
+
+from dataclasses import replace
+
+import pytest
+from gguf_models import FAST, ROPES, make_desc, write
+
+from d2qconv.arch.spec import Rope
+from d2qconv.errors import VerifyError
+from d2qconv_gguf.verify import require_same_function
+
+YARN = Rope(10000.0, "yarn", 4.0, original_max_positions=512)
+
+
+@pytest.mark.parametrize("rope", sorted(ROPES))
+def test_a_right_file_passes(tmp_path, rope):
+    desc = make_desc("llama", rope=rope)
+    write(tmp_path / "m.gguf", desc, FAST)
+    require_same_function(tmp_path / "m.gguf", desc)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda d: replace(d, norm_eps=d.norm_eps * 10), "norm epsilon"),
+        (lambda d: replace(d, rope=Rope(d.rope.theta * 1.5)), "RoPE frequencies"),
+        (lambda d: replace(d, rope=YARN), "RoPE attention factor"),
+        (lambda d: replace(d, max_positions=d.max_positions * 2), "context length"),
+        (lambda d: replace(d, is_tied=not d.is_tied), "tied head"),
+        (lambda d: replace(d, dims=replace(d.dims, n_kv_heads=d.dims.n_heads * 2)), "sizes"),
+    ],
+)
+def test_a_wrong_file_does_not(tmp_path, change, what):
+    desc = make_desc("llama")
+    write(tmp_path / "m.gguf", desc, FAST)
+    with pytest.raises(VerifyError, match=what):
+        require_same_function(tmp_path / "m.gguf", change(desc))

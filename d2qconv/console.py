@@ -369,13 +369,16 @@ def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 def _fold_pairs(folds: Sequence[FoldRecord]) -> Iterator[tuple[str, str]]:
     """One line for all blocks in which a correction was carried in the same way, with the largest residual."""
-    alike: dict[tuple[str, str, str], list[float]] = {}
+    alike: dict[tuple[str, str, str], list[FoldRecord]] = {}
     for fold in folds:
-        alike.setdefault((fold.name, fold.carrier, fold.meaning), []).append(fold.residual)
-    for (name, carrier, meaning), residuals in alike.items():
+        alike.setdefault((fold.name, fold.carrier, fold.meaning), []).append(fold)
+    for (name, carrier, meaning), records in alike.items():
+        explained = [r.explained for r in records if r.explained is not None]
+        removes = f", removes up to {max(explained):.0%} of the error it is measured on" if explained else ""
+        worst = max(r.residual for r in records)
         yield (
             name.replace("_", " "),
-            f"{carrier}, {len(residuals)} blocks, residual ≤ {max(residuals):.1e} ({meaning})",
+            f"{carrier}, {len(records)} blocks{removes}, residual ≤ {worst:.1e} ({meaning})",
         )
 
 
@@ -453,6 +456,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
                 "carrier": f.carrier,
                 "residual": f.residual,
                 "meaning": f.meaning,
+                "explained": f.explained,
             }
             for f in outcome.folds
         ],

@@ -32,10 +32,6 @@ class Part(StrEnum):
     BIAS = "bias"
 
 
-#: The matrices inside a block, in the order in which they are quantized.
-LINEARS = (Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN)
-
-
 @dataclass(frozen=True)
 class TensorId:
     """One tensor: role, block number (None outside the blocks) and part."""

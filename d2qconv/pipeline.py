@@ -5,12 +5,14 @@ Everything that can be refused is refused in `plan`, before any weight is read.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import torch
 
 from d2qconv import __version__
@@ -36,7 +38,7 @@ from d2qconv.ir.model import Provenance, QuantizedModel
 from d2qconv.ir.store import Store
 from d2qconv.names import Role
 from d2qconv.progress import Watch
-from d2qconv.run import CalibrationSpec, Recipe, RunSpec, describe
+from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
 from d2qconv.walk.model import Walk, WalkResult
 from d2qconv.walk.rounding import Rounder, TensorError
 
@@ -80,7 +82,7 @@ class Planned:
 
     @property
     def bits_per_weight(self) -> float:
-        """Predicted, all tensors included, metadata not."""
+        """Of all tensors of the package, metadata not counted, per weight of the source. Exact, not an estimate."""
         return 8 * self.target.n_bytes / self.n_weights
 
 
@@ -109,6 +111,9 @@ def plan(job: Job) -> Planned:
 
     Reads headers and configs, no weights. Raises InputError, PlanError, PluginError.
     """
+    check_recipe(job.recipe)
+    if not job.recipe.dac and job.carrier not in (None, Carrier.NONE):
+        raise InputError("a carrier was asked for and no shift to carry", where="--no-dac --carrier")
     device = choose_device(job.device)
     checkpoint = open_checkpoint(job.model, revision=job.revision)
     desc = bind(checkpoint)
@@ -127,20 +132,21 @@ def convert(planned: Planned, watch: Watch) -> Outcome:
     job = planned.job
     check_output(job.output, job.overwrite, planned.target.n_bytes)
     with _memory_as_run_error():
-        _read_all(planned, watch)
+        content = _read_all(planned, watch)
         tokens = _calibration(planned, watch)
-        spec = _run_spec(planned, tokens)
+        spec = _run_spec(planned, tokens, content)
         store = _open_store(planned, spec)
         walk = Walk(planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch)
         result = walk.run()
-    model = QuantizedModel(planned.desc, store.tensors(), _provenance(planned, tokens, spec))
-    with atomic_output(job.output, overwrite=job.overwrite) as path:
-        watch.stage("write", len(planned.target.tensors))
-        package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
-        watch.stage("verify", len(planned.target.tensors))
-        checks = planned.exporter.verify(path, _steps(watch))
-        _require_passed(checks)
-    store.delete()
+        provenance = _provenance(planned, tokens, spec, result)
+        model = QuantizedModel(planned.desc, store.tensors(), provenance)
+        with atomic_output(job.output, overwrite=job.overwrite) as path:
+            watch.stage("write", len(planned.target.tensors))
+            package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
+            watch.stage("verify", len(planned.target.tensors))
+            checks = planned.exporter.verify(path, _steps(watch))
+            _require_passed(checks)
+        store.delete()
     return _outcome(planned, package, checks, result, spec, time.monotonic() - started)
 
 
@@ -148,13 +154,14 @@ def choose_device(wanted: str | None) -> torch.device:
     """The device to compute on; raises InputError if it is not there."""
     if wanted is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    todo = "leave it out, or say cpu"
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            "no such device on this machine", where=f"--device {wanted}", todo="leave it out, or say cpu"
-        ) from error
+        raise InputError("no such device on this machine", where=f"--device {wanted}", todo=todo) from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError("only cpu and cuda are supported", where=f"--device {wanted}", todo=todo)
     return device
 
 
@@ -166,13 +173,21 @@ def _fold_refusals(arch: Architecture, recipe: Recipe, target: TargetPlan) -> It
         yield from ShiftIntoBiases().check(arch, Role.FFN_NORM)
 
 
-def _read_all(planned: Planned, watch: Watch) -> None:
-    """Read every weight once: a damaged or not finite one is an error now, not hours later in its block."""
+def _read_all(planned: Planned, watch: Watch) -> str:
+    """Read every weight once; returns the SHA-256 over the config and all of them, hex.
+
+    A damaged or not finite weight is an error now, not hours later in its block. The digest tells a resumed run
+    that it is about the same model, wherever that lies.
+    """
+    sha = hashlib.sha256(msgspec.json.encode(planned.checkpoint.config, order="sorted"))
     tensors = planned.desc.tensors
     watch.stage("read", len(tensors))
-    for done, (tensor_id, dense) in enumerate(tensors.items(), 1):
-        dense.load()
+    for done, tensor_id in enumerate(sorted(tensors, key=str), 1):
+        values = tensors[tensor_id].load()
+        sha.update(f"{tensor_id} {values.dtype} {tuple(values.shape)}".encode())
+        sha.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         watch.step(done, str(tensor_id))
+    return sha.hexdigest()
 
 
 def _calibration(planned: Planned, watch: Watch) -> CalibrationTokens:
@@ -191,10 +206,12 @@ def _calibration(planned: Planned, watch: Watch) -> CalibrationTokens:
     return tokens
 
 
-def _run_spec(planned: Planned, tokens: CalibrationTokens) -> RunSpec:
+def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunSpec:
     return RunSpec(
         version=__version__,
-        model=planned.checkpoint.digest(),
+        torch=torch.__version__,
+        exporter=planned.job.exporter.name,
+        model=content,
         recipe=planned.job.recipe,
         calibration=planned.job.calibration,
         tokens=tokens.digest,
@@ -212,17 +229,28 @@ def _open_store(planned: Planned, spec: RunSpec) -> Store:
     return Store(folder, spec.fingerprint(), grids)
 
 
-def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec) -> Provenance:
-    column_scale = "rows of up" if planned.job.recipe.dsq else "none"
+def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec, result: WalkResult) -> Provenance:
+    recipe = replace(planned.job.recipe, dac=planned.target.carrier is not Carrier.NONE)
     return Provenance(
         version=__version__,
         fingerprint=spec.fingerprint(),
-        source=planned.checkpoint.source,
+        source=planned.checkpoint.name,
         source_license=planned.checkpoint.license,
-        recipe=describe(planned.job.recipe),
+        recipe=describe(recipe),
         calibration=f"{tokens.description}, sha256 {tokens.digest}",
-        carriers={"mean_shift": planned.target.carrier_note, "column_scale": column_scale},
+        carriers={
+            "mean_shift": _carried("mean_shift", result.folds, planned.target.carrier_note),
+            "column_scale": _carried("column_scale", result.folds, "rows of up"),
+        },
     )
+
+
+def _carried(name: str, folds: Sequence[FoldRecord], how: str) -> str:
+    """How a correction is carried, with the largest residual over all blocks; `none` if there is none."""
+    records = [fold for fold in folds if fold.name == name]
+    if not records:
+        return "none"
+    return f"{how}; residual at most {max(r.residual for r in records):.2e} ({records[0].meaning})"
 
 
 def _require_passed(checks: Sequence[Check]) -> None:
@@ -230,7 +258,7 @@ def _require_passed(checks: Sequence[Check]) -> None:
     if failed:
         raise VerifyError(
             "the package is not what the quantizer made: " + "; ".join(failed),
-            todo="nothing was kept; this is a bug, please report it with the command",
+            todo="no output was kept; this is a bug, please report it with the command",
         )
 
 
@@ -246,7 +274,7 @@ def _outcome(
     return Outcome(
         path=planned.job.output,
         n_bytes=package.n_bytes,
-        bits_per_weight=8 * package.n_bytes / planned.n_weights,
+        bits_per_weight=planned.bits_per_weight,
         kld=judged.mean_kl,
         perplexity_source=judged.perplexity_source,
         perplexity=judged.perplexity,

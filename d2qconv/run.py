@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+
+from d2qconv.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,24 @@ class CalibrationSpec:
     seed: int = 0
 
 
-class RunSpec(msgspec.Struct, frozen=True):
-    """Everything that determines the quantized weights. Two runs with equal fingerprints give equal bytes.
+def check_recipe(recipe: Recipe) -> None:
+    """Raise InputError for numbers that no run can use."""
+    if not (math.isfinite(recipe.damping) and recipe.damping > 0):
+        raise InputError(f"damping must be above 0, not {recipe.damping:g}", where="--damping")
+    if not 0 <= recipe.asymmetry <= 1:
+        raise InputError(f"asymmetry must be between 0 and 1, not {recipe.asymmetry:g}", where="--asymmetry")
 
-    model: digest of the checkpoint's config and tensor headers, sizes and mtimes. storage: planned type per
-    tensor id. device: its type, since CPU and CUDA round differently.
+
+class RunSpec(msgspec.Struct, frozen=True):
+    """Everything that determines the quantized weights: on one machine, equal fingerprints give equal weights.
+
+    torch: its version. exporter: its name. model: digest of the config and of every weight. storage: planned type per
+    tensor id. tokens: digest of the calibration. device: its type, since CPU and CUDA round differently.
     """
 
     version: str
+    torch: str
+    exporter: str
     model: str
     recipe: Recipe
     calibration: CalibrationSpec

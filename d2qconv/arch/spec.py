@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from d2qconv.names import Part, Role, TensorId
+from d2qconv.names import Role, TensorId
 
 if TYPE_CHECKING:
     from d2qconv.checkpoint.dense import Dense
@@ -157,10 +157,6 @@ class ModelDesc:
     bos_ids: tuple[int, ...]
     eos_ids: tuple[int, ...]
     tensors: Mapping[TensorId, Dense]
-
-    def has(self, role: Role, block: int | None = None, part: Part = Part.WEIGHT) -> bool:
-        """Whether the checkpoint holds that tensor."""
-        return TensorId(role, block, part) in self.tensors
 
     @property
     def n_weights(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.folder import find, is_snapshot, read_json, read_shards
 from d2qconv.checkpoint.hub import download
-from d2qconv.checkpoint.safetensors_file import SafetensorsFile
 from d2qconv.errors import InputError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -26,7 +24,7 @@ class Checkpoint:
     """A model folder, opened: config parsed, headers checked, no weight read.
 
     source: as the user named it. revision: the hub's commit, '' for a plain folder. tensors: by checkpoint
-    name. license: from README.md's front matter or config.json, '' if neither says. shards: the weight files.
+    name. license: from README.md's front matter or config.json, '' if neither says.
     """
 
     path: Path
@@ -35,7 +33,6 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Dense]
     license: str
-    shards: tuple[SafetensorsFile, ...] = ()
 
     def file(self, name: str) -> Path | None:
         """A side file such as `tokenizer.json`, or None. Raises InputError if it leads out of the folder."""
@@ -46,16 +43,11 @@ class Checkpoint:
         path = self.file(name)
         return None if path is None else read_json(path)
 
-    def digest(self) -> str:
-        """SHA-256, hex, over config.json and, per shard, name, header, size and mtime in ns.
-
-        Cheap: no weight is read. A weight that changes in place without a change of mtime is not seen.
-        """
-        sha = hashlib.sha256((self.path / "config.json").read_bytes())
-        for shard in sorted(self.shards, key=lambda s: s.path.name):
-            facts = (shard.path.name, shard.header_sha256, shard.size, shard.mtime_ns)
-            sha.update(f"\0{facts!r}".encode())
-        return sha.hexdigest()
+    @property
+    def name(self) -> str:
+        """What the model is called in public: the hub's name, or the folder's; never where it lies on a disk."""
+        is_local = Path(self.source).expanduser().resolve() == self.path.resolve()
+        return self.path.resolve().name if is_local else self.source
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -86,15 +78,13 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if config_path is None:
         raise InputError("config.json is missing", where=model, todo="name a Hugging Face model folder")
     config = read_json(config_path)
-    shards = read_shards(folder)
     return Checkpoint(
         path=folder,
         source=model,
         revision=root.name if is_snapshot(root) else "",
         config=config,
-        tensors={name: dense for shard in shards for name, dense in shard.tensors().items()},
+        tensors={name: dense for shard in read_shards(folder) for name, dense in shard.tensors().items()},
         license=_license(folder, config),
-        shards=shards,
     )
 
 

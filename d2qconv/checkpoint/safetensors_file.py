@@ -10,7 +10,6 @@ unpickled, and no size is believed before it was compared with the size of the f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -67,14 +66,12 @@ class TensorEntry:
 class SafetensorsFile:
     """A file whose header was read and found sound.
 
-    size, mtime_ns: of the file when it was read; a later change is refused. header_sha256: hex, of the first
-    8 + n bytes.
+    size, mtime_ns: of the file when it was read; a later change is refused.
     """
 
     path: Path
     size: int
     mtime_ns: int
-    header_sha256: str
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
@@ -166,9 +163,8 @@ def read_file(path: Path) -> SafetensorsFile:
     start = _LENGTH_BYTES + header
     entries = [_entry(name, entry, start, where) for name, entry in raw.items()]
     _check_cover(entries, start, facts.st_size, where)
-    digest = hashlib.sha256(header.to_bytes(_LENGTH_BYTES, "little") + text).hexdigest()
     by_name = {e.name: e for e in entries}
-    return SafetensorsFile(path, facts.st_size, facts.st_mtime_ns, digest, by_name, metadata)
+    return SafetensorsFile(path, facts.st_size, facts.st_mtime_ns, by_name, metadata)
 
 
 def _header_bytes(length: bytes, size: int, where: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,7 +89,7 @@ class TargetPlan:
         """Planned storage of one tensor; raises KeyError."""
         return self.by_id[tensor].storage
 
-    @property
+    @cached_property
     def by_id(self) -> Mapping[TensorId, TensorPlan]:
         """The tensors by id."""
         return {t.id: t for t in self.tensors}

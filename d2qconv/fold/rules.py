@@ -49,7 +49,9 @@ class ScaleIntoRows:
                 linear, exactness = linear.scale_rows(scale.c)
                 worst = max(worst, exactness.max_relative_error)
             else:
-                linear = (linear.float() * scale.c[:, None]).to(linear.dtype)
+                wanted = linear.float() * scale.c[:, None]
+                linear = wanted.to(linear.dtype)
+                worst = max(worst, _largest_relative(linear.float() - wanted, wanted))
             block = block.with_linear(role, linear)
             if role in block.biases:
                 block = block.with_bias(role, block.biases[role] * scale.c)
@@ -85,7 +87,9 @@ class ShiftIntoBiases:
                 bias = bias + block.biases[role].double()
             block = block.with_bias(role, bias.float())
         carrier = " and ".join(f"{role}.bias" for role in coupling.absorbs)
-        return block, FoldRecord("mean_shift", index, carrier, 0.0, "share of the shift not carried")
+        return block, FoldRecord(
+            "mean_shift", index, carrier, 0.0, "share of the shift not carried", shift.explained
+        )
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,8 @@ class ShiftIntoWeights:
     def apply(self, w: Tensor, mu: Tensor, a: Tensor) -> Tensor:
         """W + (W μ) aᵀ. w: f32[n_out, n_in]; mu, a: f32[n_in]."""
         return torch.addr(w, w @ mu, a)
+
+
+def _largest_relative(error: Tensor, of: Tensor) -> float:
+    """Max |error| / |of| where `of` is not 0."""
+    return float((error.abs() / of.abs().clamp_min(torch.finfo(of.dtype).tiny)).max())

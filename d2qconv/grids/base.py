@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from d2qconv.errors import Refusal
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 #: name of a parameter -> tensor [n_out or 1, n_blocks, ...] in storage dtype
@@ -120,15 +119,3 @@ def stack_blocks(blocks: Sequence[Params]) -> dict[str, Tensor]:
     import torch
 
     return {name: torch.cat([b[name] for b in blocks], dim=1) for name in blocks[0]}
-
-
-def cat_rows(parts: Sequence[Params]) -> dict[str, Tensor]:
-    """Params of several matrices of equal width, one below the other. Shared parameters are refused."""
-    import torch
-
-    return {name: torch.cat([p[name] for p in parts], dim=0) for name in parts[0]}
-
-
-def to_device(params: Params, device: torch.device | str) -> dict[str, Tensor]:
-    """The same params on another device."""
-    return {name: p.to(device) for name, p in params.items()}

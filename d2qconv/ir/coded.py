@@ -6,13 +6,12 @@ to a file is what the quantizer chose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from d2qconv.grids.base import Exactness, Grid, Params, cat_rows, take_rows
+from d2qconv.grids.base import Exactness, Grid, Params, take_rows
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,3 @@ class Coded:
             codes=self.codes.to(device),
             params={name: p.to(device) for name, p in self.params.items()},
         )
-
-
-def cat_coded(parts: Sequence[Coded]) -> Coded:
-    """Matrices on one grid, one below the other. Exact."""
-    first = parts[0]
-    return Coded(
-        first.grid,
-        (sum(p.shape[0] for p in parts), first.shape[1]),
-        torch.cat([p.codes for p in parts]),
-        cat_rows([p.params for p in parts]),
-    )

@@ -6,7 +6,8 @@ grid's, times c_j. So the same sweep fits c at each block's first column, on the
 `fit` alternates two exact steps: the inner grid is fitted to W/c under importance·c², then c_j = ⟨q_j, w_j⟩/⟨q_j, q_j⟩
 with q_j the decoded column, the least-squares scale. The codes and parameters kept are the best seen.
 The package never holds c: a fold multiplies it into the rows of the matrix that makes this one's input.
-c has geometric mean 1 in every block (else it and the steps could drift apart until one underflows in f16).
+Each fitted c has geometric mean 1 in its block before it is clamped to [1/8, 8]; else it and the steps could drift
+apart until one underflows in f16.
 """
 
 from __future__ import annotations
@@ -71,17 +72,18 @@ class ColumnScaled:
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:
         """See the module. w: f32[n_out, block]; importance: f32[block]."""
-        best: Params = {}
+        best: Params | None = None
         best_loss = torch.inf
         c = torch.ones_like(importance)
         for round_number in range(N_ROUNDS + 1):
             params = {**self.inner.fit(w / c, importance * c.square()), SCALE: c[None, None, :]}
             q = self.inner.decode(self.inner.encode(w / c, params, 0), params, 0)
             loss = float(((w - q * c).square().sum(0) * importance).sum())
-            if loss < best_loss:
+            if best is None or loss < best_loss:
                 best, best_loss = params, loss
             if round_number < N_ROUNDS:
                 c = _least_squares_scale(w, q, c)
+        assert best is not None, "there is at least one round"
         return best
 
     def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:

@@ -19,17 +19,18 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
     with rows and columns reversed, and U = R⁻¹. An input that was always zero gets λ alone, so its weights are
     rounded to nearest. If H is not positive definite, λ grows tenfold, at most six times; then RunError.
     """
-    h = gram.double()
+    h = gram.double().flip(0, 1)
     scale = h.diagonal().mean()
     if not torch.isfinite(scale):
         raise RunError("the calibration activations are not finite", where=where)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    undamped = h.diagonal().clone()
     for attempt in range(7):
-        damped = h + (damping * 10**attempt) * scale * eye
-        factor, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        h.diagonal().copy_(undamped + (damping * 10**attempt) * scale)
+        factor, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
             upper = factor.flip(0, 1)
+            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
             inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
             return inverse.float()
     raise RunError(
@@ -39,14 +40,14 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
     )
 
 
-def toward_source(w: Tensor, drift: Tensor, factor: Tensor, strength: float) -> Tensor:
+def toward_source(w: Tensor, miss: Tensor, factor: Tensor, strength: float) -> Tensor:
     """Weights that give the source's outputs on the quantized model's inputs, as far as `strength` says.
 
-    The sweep minimises ‖(W′ − Ŵ) X̃‖². With W′ = W E[x x̃ᵀ] H⁻¹ that is, up to a constant, ‖W X − Ŵ X̃‖²: the aim of
-    GPTAQ (arXiv 2504.02692), reached before the sweep instead of column by column. X is what the source model feeds
-    this linear, X̃ what the quantized blocks feed it. strength 0 gives W, 1 gives W′; in between is safer, since
-    drift is measured on few tokens (D²Quant's authors take 0.25).
+    The sweep minimises ‖(W′ − Ŵ) X̃‖². With W′ = S E[x x̃ᵀ] H⁻¹ that is, up to a constant, ‖S X − Ŵ X̃‖²: the aim of
+    GPTAQ (arXiv 2504.02692), reached before the sweep instead of column by column. S are the source's weights, X is
+    what it feeds this linear, X̃ what the quantized blocks feed it. w is S, or S with a shift folded in. strength 0
+    gives w, 1 gives W′; in between is safer, since E[x x̃ᵀ] is measured on few tokens (D²Quant's authors take 0.25).
 
-    w: f32[n_out, n_in]; drift: f32[n_in, n_in] = E[(x − x̃) x̃ᵀ]; factor: U with H⁻¹ = Uᵀ U.
+    w: f32[n_out, n_in]; miss: f32[n_out, n_in] = S E[x x̃ᵀ] − w H; factor: U with H⁻¹ = Uᵀ U.
     """
-    return torch.addmm(w, (w @ drift) @ factor.T, factor, alpha=strength)
+    return torch.addmm(w, miss @ factor.T, factor, alpha=strength)

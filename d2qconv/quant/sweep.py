@@ -15,7 +15,6 @@ Everything is f32. The weights are kept transposed, so that a column is contiguo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +48,13 @@ def gptq(
     grid: Grid,
     *,
     is_refit: bool,
-    on_column: Callable[[int], None] | None = None,
 ) -> Coded:
     """Round w so that errors are compensated by the columns to their right.
 
-    w: f32[n_out, n_in]. factor: U, f32[n_in, n_in] of `inverse_factor`. is_refit: see the module.
-    on_column: called with the number of columns done, once per lazy block.
+    w: f32[n_out, n_in], left as it is. factor: U, f32[n_in, n_in] of `inverse_factor`. is_refit: see the module.
     """
     sweep = _Sweep(
-        rest=w.T.contiguous(),
+        rest=w.T.clone(memory_format=torch.contiguous_format),
         factor=factor,
         importance=factor.diagonal().square().reciprocal(),
         grid=grid,
@@ -73,8 +70,6 @@ def gptq(
         for block in range(start, end, grid.block):
             blocks.append(sweep.block(block, end, errors[block - start :]))
         sweep.rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        if on_column is not None:
-            on_column(end)
     return Coded(grid, (w.shape[0], n_in), sweep.codes, stack_blocks(blocks))
 
 

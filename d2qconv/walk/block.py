@@ -105,7 +105,14 @@ class BlockWalk:
         for role in (Role.GATE, Role.UP):
             self.student.weights[role] = rule.apply(self.student.weights[role], shift.mu, direction)
         self.notes.folds.append(
-            FoldRecord("mean_shift", self.index, "rank-1 term of gate and up", left, "E(aᵀh − 1)²")
+            FoldRecord(
+                "mean_shift",
+                self.index,
+                "rank-1 term of gate and up",
+                left,
+                "E(aᵀh − 1)²",
+                shift.explained,
+            )
         )
         return statistics
 
@@ -116,7 +123,9 @@ class BlockWalk:
             together.setdefault(self.plan.by_id[self._id(role)].type_name, []).append(role)
         for alike in together.values():
             weights = [self.student.weights[role] for role in alike]
-            held = self._round(alike, torch.cat(weights), statistics)
+            source = torch.cat([self.teacher.weights[role] for role in alike])
+            storage = self.plan.storage(self._id(alike[0]))
+            held = self.rounder(torch.cat(weights), storage, statistics, self._where(alike), source)
             first = 0
             for role, w in zip(alike, weights, strict=True):
                 rows = torch.arange(first, first + len(w), device=w.device)
@@ -149,10 +158,6 @@ class BlockWalk:
             block, record = ScaleIntoRows().apply(arch, self.index, block, ColumnScale(Role.DOWN, scale))
             self.notes.folds.append(record)
         return block
-
-    def _round(self, roles: Sequence[Role], w: Tensor, statistics: InputStatistics) -> Held:
-        storage = self.plan.storage(self._id(roles[0]))
-        return self.rounder(w, storage, statistics, self._where(roles))
 
     def _note_error(self, role: Role, w: Tensor, got: Tensor, statistics: InputStatistics) -> None:
         self.notes.errors.append(error_of(str(self._id(role)), w, got, statistics))

@@ -38,9 +38,17 @@ class Rounder:
     recipe: Recipe
 
     def __call__(
-        self, w: Tensor, storage: Grid | FloatType, statistics: InputStatistics | None, where: str
+        self,
+        w: Tensor,
+        storage: Grid | FloatType,
+        statistics: InputStatistics | None,
+        where: str,
+        source: Tensor | None = None,
     ) -> Held:
-        """w: f32[n_out, n_in] or a vector. Without statistics to nearest, all columns alike."""
+        """w: f32[n_out, n_in] or a vector. Without statistics to nearest, all columns alike.
+
+        source: the source's weights, where w is not those (a shift was folded in).
+        """
         if isinstance(storage, FloatType):
             return w.to(_TORCH[storage])
         if statistics is None:
@@ -49,7 +57,8 @@ class Rounder:
             return round_to_nearest(w, _positive(statistics.gram.diagonal()), storage)
         factor = inverse_factor(statistics.gram, self.recipe.damping, where)
         if statistics.cross is not None:
-            w = toward_source(w, statistics.cross - statistics.gram, factor, self.recipe.asymmetry)
+            miss = (w if source is None else source) @ statistics.cross - w @ statistics.gram
+            w = toward_source(w, miss, factor, self.recipe.asymmetry)
         return gptq(w, factor, storage, is_refit=self.recipe.refit)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from d2qconv.calibrate.statistics import InputAccumulator, InputStatistics
@@ -35,10 +34,11 @@ class Stream:
             yield self.x[rows], None if self.source is None else self.source[rows]
 
     def advance(self, function: Function, source_function: Function) -> None:
-        """Replace every batch by function(x) and source_function(source)."""
-        self.x = torch.cat([function(self.x[rows]) for rows in _pieces(self.x)])
-        if self.source is not None:
-            self.source = torch.cat([source_function(self.source[rows]) for rows in _pieces(self.source)])
+        """Replace every batch by function(x) and source_function(source), in place."""
+        for rows in _pieces(self.x):
+            self.x[rows] = function(self.x[rows])
+            if self.source is not None:
+                self.source[rows] = source_function(self.source[rows])
 
     def measure(self, function: Function, source_function: Function) -> InputStatistics:
         """Statistics of function(x) against source_function(source), both staying where they are."""

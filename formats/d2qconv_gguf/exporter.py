@@ -137,7 +137,7 @@ class GgufExporter:
             desc,
             layout=layout.name,
             file_type=file_type,
-            name=checkpoint.source.rstrip("/").rsplit("/", 1)[-1],
+            name=checkpoint.name.rsplit("/", 1)[-1],
             license_id=checkpoint.license,
         )
         if self.options.base_gguf is not None:

@@ -64,6 +64,8 @@ def source(model: Path, folder: Path, type_name: str) -> Made:
         sys.executable, "-m", "d2qconv", "to-gguf", str(model), "-o", str(file), "--overwrite",
         "--type", type_name, "--embedding", type_name, "--head", type_name,
         "--no-dsq", "--no-dac", "--json",
+        # Nothing is quantized, so nothing needs statistics.
+        "--sequences", "1", "--length", "16",
     )  # fmt: skip
     return _run(command, file)
 

@@ -209,7 +209,7 @@ def _calibration(planned: Planned, watch: Watch) -> CalibrationTokens:
 def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunSpec:
     return RunSpec(
         version=__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         exporter=planned.job.exporter.name,
         model=content,
         recipe=planned.job.recipe,

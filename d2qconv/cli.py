@@ -293,7 +293,7 @@ def _add_plan(app: App, found: Collection[Found]) -> None:
     app.command(
         plan,
         help="Show what would be written: type and size of every tensor, carrier of the mean shift, refusals. "
-        "Takes all options of to-NAME, and is the same as to-NAME --dry-run.",
+        "Takes all options of to-NAME (d2qconv to-NAME --help lists them), and is the same as to-NAME --dry-run.",
         help_epilogue="Example:\n  d2qconv plan Qwen/Qwen3-8B --to gguf --all",
     )
 

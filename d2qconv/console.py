@@ -183,7 +183,7 @@ class Console:
                 self._line(sample)
             self._line()
         self._line(
-            f"{outcome.path}: {size(outcome.n_bytes)}, {outcome.bits_per_weight:.2f} bits per weight, "
+            f"{outcome.path}: {size(outcome.n_bytes)}, {outcome.bits_per_weight:.2f} bits per weight without metadata, "
             f"KL divergence {outcome.kld:.4f}"
         )
 

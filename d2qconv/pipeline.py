@@ -6,6 +6,7 @@ Everything that can be refused is refused in `plan`, before any weight is read.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from d2qconv import __version__
 from d2qconv.arch.bind import bind
 from d2qconv.arch.spec import Architecture, ModelDesc
-from d2qconv.calibrate.tokens import CalibrationTokens, check_spec, load_tokens
+from d2qconv.calibrate.tokens import CalibrationTokens, check_spec, describe_tokens, load_tokens
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
 from d2qconv.export.base import (
@@ -35,7 +36,7 @@ from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rules import ScaleIntoRows, ShiftIntoBiases
 from d2qconv.ir.model import Provenance, QuantizedModel
-from d2qconv.ir.store import Store
+from d2qconv.ir.store import Store, read_tokens, write_tokens
 from d2qconv.names import Role
 from d2qconv.progress import Watch
 from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
@@ -131,23 +132,32 @@ def convert(planned: Planned, watch: Watch) -> Outcome:
     started = time.monotonic()
     job = planned.job
     check_output(job.output, job.overwrite, planned.target.n_bytes)
+    _check_work_dir(planned)
     with _memory_as_run_error():
         content = _read_all(planned, watch)
-        tokens = _calibration(planned, watch)
+        tokens = _calibration(planned, content, watch)
         spec = _run_spec(planned, tokens, content)
-        store = _open_store(planned, spec)
-        walk = Walk(planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch)
-        result = walk.run()
-        provenance = _provenance(planned, tokens, spec, result)
-        model = QuantizedModel(planned.desc, store.tensors(), provenance)
-        with atomic_output(job.output, overwrite=job.overwrite) as path:
-            watch.stage("write", len(planned.target.tensors))
-            package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
-            watch.stage("verify", len(planned.target.tensors))
-            checks = planned.exporter.verify(path, _steps(watch))
-            _require_passed(checks)
-        store.delete()
+        with _open_store(planned, spec, watch) as store:
+            walk = Walk(
+                planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch
+            )
+            result = walk.run()
+            model = QuantizedModel(planned.desc, store.tensors(), _provenance(planned, tokens, spec, result))
+            package, checks = _package(planned, model, watch)
+            store.delete()
     return _outcome(planned, package, checks, result, spec, time.monotonic() - started)
+
+
+def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Package, Sequence[Check]]:
+    """Write the package beside its name and verify it there; only then it takes its name."""
+    job, n_tensors = planned.job, len(planned.target.tensors)
+    with atomic_output(job.output, overwrite=job.overwrite) as path:
+        watch.stage("write", 2 * n_tensors)
+        package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
+        watch.stage("verify", n_tensors)
+        checks = planned.exporter.verify(path, _steps(watch))
+        _require_passed(checks)
+    return package, checks
 
 
 def choose_device(wanted: str | None) -> torch.device:
@@ -190,16 +200,28 @@ def _read_all(planned: Planned, watch: Watch) -> str:
     return sha.hexdigest()
 
 
-def _calibration(planned: Planned, watch: Watch) -> CalibrationTokens:
+def _calibration(planned: Planned, content: str, watch: Watch) -> CalibrationTokens:
+    """The calibration tokens. Sampled ones are kept in the work directory, since drawing them again takes long."""
     spec = planned.job.calibration
+    folder = _work_dir(planned.job)
+    is_kept = spec.source == "self"
+    key = f"{content} {spec} {planned.device.type} torch {torch.__version__}"
     watch.stage("calibrate", spec.length)
-    tokens = load_tokens(
-        spec,
-        planned.checkpoint,
-        planned.desc,
-        device=planned.device,
-        on_step=lambda done: watch.step(done, f"sampling from {planned.checkpoint.source}"),
-    )
+    found = read_tokens(folder, key) if is_kept else None
+    if found is not None:
+        tokens = CalibrationTokens(
+            found["calibration"], found["held_out"], describe_tokens(spec, found["calibration"])
+        )
+    else:
+        tokens = load_tokens(
+            spec,
+            planned.checkpoint,
+            planned.desc,
+            device=planned.device,
+            on_step=lambda done: watch.step(done, f"sampling from {planned.checkpoint.name}"),
+        )
+        if is_kept:
+            write_tokens(folder, key, {"calibration": tokens.calibration, "held_out": tokens.held_out})
     watch.step(spec.length, tokens.description)
     for warning in tokens.warnings:
         watch.note(warning)
@@ -221,12 +243,43 @@ def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunS
     )
 
 
-def _open_store(planned: Planned, spec: RunSpec) -> Store:
+def _work_dir(job: Job) -> Path:
+    return job.work_dir or job.output.with_name(job.output.name + ".work")
+
+
+def _check_work_dir(planned: Planned) -> None:
+    """Refuse a work directory that would swallow the output or cannot hold a byte a weight; raises InputError."""
     job = planned.job
-    folder = job.work_dir or job.output.with_name(job.output.name + ".work")
+    folder = _work_dir(job).resolve()
+    for path in (job.output.resolve(), planned.checkpoint.path.resolve()):
+        if path.is_relative_to(folder):
+            raise InputError(
+                f"{path.name} lies in the work directory, which is emptied at the end",
+                where=f"--work-dir {folder}",
+                todo="name a folder of its own",
+            )
+    if folder.exists() and not folder.is_dir():
+        raise InputError("not a folder", where=f"--work-dir {folder}", todo="name a folder of its own")
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    needed, free = planned.n_weights + planned.target.n_bytes, shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"the work directory takes about {needed:,} bytes and the disk has {free:,} left",
+            where=str(folder),
+            todo="name a folder on another disk with --work-dir",
+        )
+
+
+def _open_store(planned: Planned, spec: RunSpec, watch: Watch) -> Store:
+    """The work directory; says so if it held finished blocks of another job."""
     storages = [t.storage for t in planned.target.tensors]
     grids = {s.id: s for s in storages if not isinstance(s, FloatType)}
-    return Store(folder, spec.fingerprint(), grids)
+    store = Store(_work_dir(planned.job), spec.fingerprint(), grids)
+    if store.n_discarded:
+        watch.note(
+            f"{store.n_discarded} finished parts of another job were discarded from {_work_dir(planned.job)}"
+        )
+    return store
 
 
 def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec, result: WalkResult) -> Provenance:
@@ -294,7 +347,11 @@ def _memory_as_run_error() -> Iterator[None]:
     """Running out of memory is the user's to mend, not a bug."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
         raise RunError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}",
             todo="use fewer or shorter calibration sequences (--sequences, --length)",

@@ -7,16 +7,23 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.sample import sample_sequences
 from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.checkpoint.special import added_tokens, ends, special_ids
 from d2qconv.errors import InputError, PluginError
 from d2qconv.run import CalibrationSpec
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
 
 #: One held-out sequence, for the closing KL divergence, to this many calibration sequences.
 HELD_OUT_SHARE = 10
@@ -80,18 +87,26 @@ def load_tokens(
             todo="give a longer text or a smaller --length",
         )
     calibration, held_out = rows[:-n_held_out], rows[-n_held_out:]
-    description = f"{Path(spec.source).name}, {len(calibration)} × {spec.length} tokens, seed {spec.seed}"
-    return CalibrationTokens(calibration, held_out, description, warnings)
+    return CalibrationTokens(calibration, held_out, describe_tokens(spec, calibration), warnings)
+
+
+def describe_tokens(spec: CalibrationSpec, calibration: Tensor) -> str:
+    """The calibration in one line, for people; of a file its name alone."""
+    source = Path(spec.source).name if Path(spec.source).exists() else spec.source
+    return f"{source}, {len(calibration)} × {spec.length} tokens, seed {spec.seed}"
 
 
 def check_spec(spec: CalibrationSpec, model: ModelDesc) -> None:
     """Raise InputError for a calibration that cannot be had, before any work."""
     if spec.sequences < 1 or spec.length < 2:
         raise InputError("calibration needs at least 1 sequence of 2 tokens", where="--sequences, --length")
+    if not 0 <= spec.seed < 1 << 63:
+        raise InputError(f"a seed is between 0 and 2^63, not {spec.seed}", where="--seed")
     if spec.length > model.max_positions:
         raise InputError(
             f"sequences of {spec.length} tokens are longer than the model's context of {model.max_positions}",
             where="--length",
+            todo=f"use --length {model.max_positions} or less",
         )
     is_file = Path(spec.source).exists()
     if spec.source != "self" and not is_file and not _is_hub_name(spec.source):
@@ -102,15 +117,31 @@ def check_spec(spec: CalibrationSpec, model: ModelDesc) -> None:
 
 
 def bos_token(checkpoint: Checkpoint, model: ModelDesc) -> int | None:
-    """The BOS token if the tokenizer puts one in front of a text, else None."""
-    config = checkpoint.json("tokenizer_config.json") or {}
-    tokenizer = checkpoint.file("tokenizer.json")
-    if tokenizer is not None:
-        from tokenizers import Tokenizer
+    """The BOS token if the tokenizer puts one in front of a text, else None; see `d2qconv.checkpoint.special`.
 
-        ids = Tokenizer.from_file(str(tokenizer)).encode("a").ids
-        return ids[0] if ids and model.bos_ids and ids[0] == model.bos_ids[0] else None
-    return model.bos_ids[0] if config.get("add_bos_token", True) and model.bos_ids else None
+    Its id is the one that the tokenizer's files name; a checkpoint without a tokenizer has that of config.json.
+    Raises InputError if the model has no embedding for it.
+    """
+    path, parsed = checkpoint.file("tokenizer.json"), checkpoint.json("tokenizer.json")
+    model_path = checkpoint.file("tokenizer.model")
+    if path is not None:
+        ids = special_ids(checkpoint, _tokenizer(path).get_vocab(with_added_tokens=True))
+    elif model_path is not None:
+        processor = _sentencepiece(model_path)
+        by_text = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+        by_text |= {token.text: token.id for token in added_tokens(checkpoint, None)}
+        ids = special_ids(checkpoint, by_text)
+    else:
+        ids = {"bos": model.bos_ids[0]} if model.bos_ids else {}
+    if not ends(checkpoint, parsed, ids).bos:
+        return None
+    if ids["bos"] >= model.dims.vocab:
+        raise InputError(
+            f"its BOS is token {ids['bos']}, and the model has {model.dims.vocab} embedding rows",
+            where=checkpoint.source,
+            todo="use the tokenizer that belongs to this checkpoint",
+        )
+    return ids["bos"]
 
 
 def _is_hub_name(source: str) -> bool:
@@ -164,30 +195,49 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    """The `text` of every line."""
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    """The `text` of every line, read as it is asked for. Only a line feed ends a line: a string may hold U+2028."""
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError("not a JSON object with a `text`", where=f"{path}, line {number}") from error
         if not isinstance(text, str):
             raise InputError("`text` is not a string", where=f"{path}, line {number}")
         yield text
 
 
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as stream:
+            yield from stream
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the calibration text cannot be read: {error}", where=str(path)) from error
+
+
+def _only_tensor(path: Path) -> NDArray[Any]:
+    """The tensor of a .safetensors that holds one; raises ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        (array,) = load_file(path).values()
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return array
+
+
 def _read_token_file(path: Path) -> Tensor:
     """A .npy of integers, or a .safetensors whose only tensor is one; any shape, read in order."""
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            from safetensors.numpy import load_file
-
-            (array,) = load_file(path).values()
+        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _only_tensor(path)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"not a token file: {error}", where=str(path)) from error
+        raise InputError(
+            "not a token file",
+            where=str(path),
+            todo="give a .npy of integers, or a .safetensors with one such tensor",
+        ) from error
     if array.dtype.kind not in "iu":
         raise InputError(f"tokens must be integers, not {array.dtype}", where=str(path))
     return torch.from_numpy(array.astype(np.int64)).reshape(-1)
@@ -213,18 +263,40 @@ def _encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     """Text → token ids without special tokens, by the checkpoint's own tokenizer."""
     path = checkpoint.file("tokenizer.json")
     if path is not None:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = _tokenizer(path)
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
     path = checkpoint.file("tokenizer.model")
     if path is not None:
-        from sentencepiece import SentencePieceProcessor
-
-        processor = SentencePieceProcessor(model_file=str(path))
+        processor = _sentencepiece(path)
         return lambda text: list(processor.encode(text))
     raise InputError(
         "the checkpoint has no tokenizer.json or tokenizer.model, so a text cannot be tokenized",
         where=checkpoint.source,
         todo="calibrate with --calibration self or a token file (.npy)",
     )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, which may say that a text is cut or padded to a length: here it is not."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise InputError(
+            f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _sentencepiece(path: Path) -> SentencePieceProcessor:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
+        ) from error

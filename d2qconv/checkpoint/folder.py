@@ -53,9 +53,42 @@ def is_snapshot(root: Path) -> bool:
 
 def find(folder: Path, name: str) -> Path | None:
     """The file of that name in the folder, or None. Raises InputError if it leads out of the folder."""
-    if not is_plain_name(name):
-        raise InputError(f"{name!r} is not a plain file name", where=str(folder))
-    path = folder / name
+    path = _contained(folder, name)
+    return None if path is None else _as_file(path, folder, name)
+
+
+def find_all(folder: Path, inner: str, suffix: str) -> list[Path]:
+    """The files of a folder in the folder whose names end so, by name; none if it is absent.
+
+    Raises InputError if the inner folder or one of the files leads out of the folder.
+    """
+    inside = _contained(folder, inner)
+    if inside is None:
+        return []
+    if not inside.is_dir():
+        raise InputError(f"{inner!r} is not a folder", where=str(folder))
+    try:
+        names = sorted(p.name for p in inside.iterdir() if p.name.endswith(suffix))
+    except OSError as error:
+        raise InputError(
+            f"{inner!r} cannot be listed: {error.strerror or error}", where=str(folder)
+        ) from error
+    found = [(_contained(folder, inner, name), name) for name in names]
+    return [_as_file(path, folder, f"{inner}/{name}") for path, name in found if path is not None]
+
+
+def _as_file(path: Path, folder: Path, name: str) -> Path:
+    if not path.is_file():
+        raise InputError(f"{name!r} is not a file", where=str(folder))
+    return path
+
+
+def _contained(folder: Path, *parts: str) -> Path | None:
+    """What lies at that place in the folder, or None. Raises InputError if it leads out of the folder."""
+    bad = next((part for part in parts if not is_plain_name(part)), None)
+    if bad is not None:
+        raise InputError(f"{bad!r} is not a plain file name", where=str(folder))
+    path, name = folder.joinpath(*parts), "/".join(parts)
     try:
         if not path.is_symlink() and not path.exists():
             return None
@@ -72,8 +105,6 @@ def find(folder: Path, name: str) -> Path | None:
         raise InputError(
             f"{name!r} is a link that leaves the folder", where=str(folder), todo="put the file itself there"
         )
-    if not target.is_file():
-        raise InputError(f"{name!r} is not a file", where=str(folder))
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2qconv.checkpoint.dense import Dense
-from d2qconv.checkpoint.folder import find, is_snapshot, read_json, read_shards
+from d2qconv.checkpoint.folder import find, find_all, is_snapshot, read_json, read_shards
 from d2qconv.checkpoint.hub import download
 from d2qconv.errors import InputError
 
@@ -37,6 +37,10 @@ class Checkpoint:
     def file(self, name: str) -> Path | None:
         """A side file such as `tokenizer.json`, or None. Raises InputError if it leads out of the folder."""
         return find(self.path, name)
+
+    def files(self, folder: str, suffix: str) -> list[Path]:
+        """The files of a folder in the folder whose names end so, by name. Raises InputError as `file` does."""
+        return find_all(self.path, folder, suffix)
 
     def json(self, name: str) -> Mapping[str, Any] | None:
         """A side file that is a JSON object, parsed, or None if it is absent. Raises InputError."""

@@ -164,6 +164,8 @@ class Store:
             self._write_manifest(manifest)
             pending.replace(self._file(part))
         except OSError as error:
+            with suppress(OSError):
+                pending.unlink()
             raise RunError(
                 f"the work directory cannot be written: {error}",
                 where=str(self._folder),

@@ -22,7 +22,10 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
     h = gram.double().flip(0, 1)
     scale = h.diagonal().mean()
     if not torch.isfinite(scale):
-        raise RunError("the calibration activations are not finite", where=where)
+        raise RunError(
+            "the activations are not finite: the source's weights are too large for f32 arithmetic",
+            where=where,
+        )
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     undamped = h.diagonal().clone()
     for attempt in range(7):

@@ -58,12 +58,16 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Metadata and tensors of one file. keys: values as Python has them; types: `UINT32`, `ARRAY/STRING`, …"""
+    """Metadata and tensors of one file. keys: values as Python has them; types: `UINT32`, `ARRAY/STRING`, ….
+
+    n_spare: bytes behind the last tensor.
+    """
 
     path: Path
     keys: Mapping[str, Any]
     types: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, StoredTensor]
+    n_spare: int
 
     @property
     def architecture(self) -> str:
@@ -110,7 +114,8 @@ def read(path: Path) -> GgufFile:
         )
         for t in reader.tensors
     }
-    return GgufFile(path, keys, types, tensors)
+    end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    return GgufFile(path, keys, types, tensors, path.stat().st_size - end)
 
 
 def to_torch(tensor: StoredTensor, order: torch.Tensor | None) -> torch.Tensor:

@@ -27,7 +27,15 @@ from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, base_gguf, types, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
-from d2qconv_gguf.metadata import KV, metadata_refusals, model_metadata, provenance_metadata, rope_freqs
+from d2qconv_gguf.metadata import (
+    KV,
+    METADATA_SHA256,
+    metadata_digest,
+    metadata_refusals,
+    model_metadata,
+    provenance_metadata,
+    rope_freqs,
+)
 from d2qconv_gguf.names import (
     LAYOUTS,
     NO_CARRIER,
@@ -80,10 +88,13 @@ class GgufExporter:
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
+        unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
         for tensor in _file_order(shapes):
             planned = self._tensor(tensor, shapes[tensor])
             tensors += [planned] if isinstance(planned, TensorPlan) else []
-            refusals += [planned] if isinstance(planned, Refusal) else []
+            if isinstance(planned, Refusal):
+                unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
+        refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
         if self.options.base_gguf is not None:
             refusals += base_gguf.refusals(self.options.base_gguf, model, layout)
         return TargetPlan(
@@ -114,6 +125,8 @@ class GgufExporter:
         keys = self._keys(model.desc, checkpoint, layout)
         digests = writer.digest_all(made, progress)
         keys += provenance_metadata(model.provenance, digests)
+        values = {kv.key: kv.value for kv in keys} | {"general.architecture": layout.name}
+        keys.append(KV.text(METADATA_SHA256, metadata_digest(values)))
         size = writer.write_file(path, layout.name, keys, made, progress)
         require_same_function(path, model.desc)
         return Package(path, size, digests)
@@ -174,6 +187,12 @@ class GgufExporter:
             return FloatType.F32
         asked = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
         return types.storage(asked.get(tensor.role, self.options.type))
+
+
+def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:
+    """One refusal for all blocks that it concerns alike."""
+    place = str(where[0]) if len(where) == 1 else f"{role} of {len(where)} blocks"
+    return Refusal(place, why, todo)
 
 
 def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...]]:

@@ -9,6 +9,8 @@ attention factor to `rope.scaling.yarn_attn_factor`, which these three layouts n
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from d2qconv.ir.model import Provenance
 
 #: Name of the extra tensor that carries llama3 RoPE.
 ROPE_FREQS = "rope_freqs.weight"
+#: Digest of all other metadata, so that a changed key or token is noticed.
+METADATA_SHA256 = "d2qconv.metadata_sha256"
 #: The boundaries of YaRN's ramp, which these layouts cannot change (src/llama-hparams.h).
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 
@@ -216,6 +220,18 @@ def provenance_metadata(p: Provenance, digests: Mapping[str, str]) -> list[KV]:
         keys.append(KV.texts("d2qconv.tensor_names", list(digests)))
         keys.append(KV.texts("d2qconv.decoded_sha256", list(digests.values())))
     return keys
+
+
+def metadata_digest(values: Mapping[str, object]) -> str:
+    """SHA-256, hex, over all entries but `METADATA_SHA256` itself, by key. Numbers with a fraction count as f32."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, float):
+            return np.float32(value).tobytes().hex()
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    listed = {key: plain(value) for key, value in values.items() if key != METADATA_SHA256}
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def _key(template: str, layout: str) -> str:

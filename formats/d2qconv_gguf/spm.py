@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,11 +201,13 @@ def _is_space_escape(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def json_tokens(
-    tokenizer: Mapping[str, Any], merges: Sequence[tuple[str, str]]
+    tokenizer: Mapping[str, Any], merges: Sequence[tuple[str, str]], added: Set[str]
 ) -> dict[int, Token] | Refusal:
-    """The vocabulary of a byte-fallback BPE tokenizer.json, with scores from the ranks of its merges."""
+    """The vocabulary of a byte-fallback BPE tokenizer.json, with scores from the ranks of its merges.
+
+    added: texts of its added tokens, which no merge has to make.
+    """
     vocab: Mapping[str, int] = tokenizer["model"]["vocab"]
-    added = {t["content"] for t in tokenizer.get("added_tokens", [])}
     refusal = _bytes_refusal("tokenizer.json", list(vocab)) or _merge_refusal(vocab, merges, added)
     if refusal is not None:
         return refusal
@@ -226,7 +228,7 @@ def json_tokens(
 
 
 def _merge_refusal(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: set[str]
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Set[str]
 ) -> Refusal | None:
     """Whether merging by pair and merging by the joined text's score are the same.
 

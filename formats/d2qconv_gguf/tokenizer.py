@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from gguf import Keys, TokenType
 
+from d2qconv.checkpoint.special import AddedToken, Ends, added_tokens, ends, special_ids
 from d2qconv.errors import InputError, Refusal, refuse
 from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.pretokenizers import WAY_OUT, candidates, normalizer_kinds, unknown_pre
@@ -35,6 +37,8 @@ from d2qconv_gguf.spm import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from d2qconv.checkpoint.open import Checkpoint
 
 _ID_KEYS = {
@@ -52,6 +56,9 @@ _CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _CONTROL_SHAPES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 _TWO_DIGITS = re.compile("[0-9]{2}")
 _TEMPLATE_NAME = frozenset(string.ascii_letters + string.digits)
+#: A longer chat template is refused.
+MAX_TEMPLATE_BYTES = 1 << 20
+_AGAIN = "fetch the file again"
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,12 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class _Made:
-    """A vocabulary, its special ids, whether bos and eos are added, and why it cannot be used."""
+    """A vocabulary, its special ids, whether bos and eos are added, chat templates, and why it cannot be used."""
 
     vocabulary: Vocabulary
     ids: Mapping[str, int]
-    ends: tuple[bool, bool]
+    ends: Ends
+    templates: Mapping[str, str]
     refusals: tuple[Refusal, ...]
 
 
@@ -103,34 +111,42 @@ def tokenizer_metadata(checkpoint: Checkpoint, vocab_size: int) -> list[KV]:
     if vocabulary.prefix is not None:
         keys.append(KV.flag(Keys.Tokenizer.ADD_PREFIX, vocabulary.prefix.is_added))
     keys += [KV.count(_ID_KEYS[name], token) for name, token in made.ids.items()]
-    keys.append(KV.flag(Keys.Tokenizer.ADD_BOS, made.ends[0]))
-    keys.append(KV.flag(Keys.Tokenizer.ADD_EOS, made.ends[1]))
-    return keys + _template_keys(checkpoint)
+    keys.append(KV.flag(Keys.Tokenizer.ADD_BOS, made.ends.bos))
+    keys.append(KV.flag(Keys.Tokenizer.ADD_EOS, made.ends.eos))
+    return keys + _template_keys(made.templates)
 
 
 def tokenizer_refusals(checkpoint: Checkpoint) -> list[Refusal]:
-    """Why llama.cpp could not tokenize as this checkpoint does; empty if it can."""
+    """Why llama.cpp could not tokenize as this checkpoint does; empty if it can.
+
+    Raises InputError for a broken file, chat templates included.
+    """
     size = checkpoint.config.get("vocab_size")
     return list(_made(checkpoint, size if isinstance(size, int) else None).refusals)
 
 
 def _made(checkpoint: Checkpoint, vocab_size: int | None) -> _Made:
-    """Everything but the templates, in one reading of tokenizer.json."""
+    """Everything, in one reading of tokenizer.json."""
     tokenizer = checkpoint.json("tokenizer.json")
+    templates = chat_templates(checkpoint)
     vocabulary = _vocabulary(checkpoint, tokenizer)
     if isinstance(vocabulary, Refusal):
-        return _Made(Vocabulary("", "", {}), {}, (False, False), (vocabulary,))
+        nothing = Vocabulary("", "", {})
+        return _Made(nothing, {}, Ends(bos=False, eos=False), templates, (vocabulary,))
     found = _token_refusals(vocabulary.tokens, vocab_size)
-    ids = special_ids(checkpoint, vocabulary.tokens)
+    ids = special_ids(checkpoint, {t.text: i for i, t in vocabulary.tokens.items()})
     if "eos" not in ids:
         why = "no eos_token is named; llama.cpp would end every text at token 11 or 2, whatever that is"
         found.append(
             Refusal("tokenizer_config.json", why, "add eos_token to it, or eos_token_id to config.json")
         )
-    ends = _ends(checkpoint, tokenizer, ids)
-    if isinstance(ends, Refusal):
-        return _Made(vocabulary, ids, (False, False), (*found, ends))
-    return _Made(vocabulary, ids, ends, tuple(found))
+    around = ends(checkpoint, tokenizer, ids)
+    if around.other:
+        why = (
+            f"{around.other} puts tokens around a text that are not bos and eos; llama.cpp can add only these"
+        )
+        found.append(Refusal("tokenizer.json: post_processor", why, WAY_OUT))
+    return _Made(vocabulary, ids, around, templates, tuple(found))
 
 
 def tokenizer_warnings(checkpoint: Checkpoint) -> list[str]:
@@ -146,10 +162,16 @@ def tokenizer_warnings(checkpoint: Checkpoint) -> list[str]:
         )
     if vocabulary.prefix is not None and vocabulary.prefix.caveat:
         found.append(vocabulary.prefix.caveat)
-    strip = [t["content"] for t in tokenizer.get("added_tokens", []) if t.get("lstrip") or t.get("rstrip")]
+    strip = [t.text for t in added_tokens(checkpoint, tokenizer) if t.is_stripping]
     if strip:
         found.append(
             f"white space beside {', '.join(strip[:3])} is dropped by the tokenizer, kept by llama.cpp"
+        )
+    ends = (checkpoint.json("generation_config.json") or {}).get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1:
+        found.append(
+            f"generation_config.json names {len(ends)} tokens that end a text; a GGUF holds one, "
+            "llama.cpp knows others by their usual names only"
         )
     return found
 
@@ -187,10 +209,15 @@ def _vocabulary(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None) -> 
     odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     if odd:
         return Refusal("tokenizer.json: model", f"llama.cpp has nothing for {', '.join(odd)}", WAY_OUT)
-    return _spm_like(checkpoint, tokenizer) if model.get("byte_fallback") else _byte_level(tokenizer)
+    if not isinstance(model["vocab"], Mapping) or not all(type(i) is int for i in model["vocab"].values()):
+        raise InputError("its vocab is not a table of ids", where="tokenizer.json: model", todo=_AGAIN)
+    added = added_tokens(checkpoint, tokenizer)
+    if model.get("byte_fallback"):
+        return _spm_like(checkpoint, tokenizer, added)
+    return _byte_level(tokenizer, added)
 
 
-def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
+def _byte_level(tokenizer: Mapping[str, Any], added: Sequence[AddedToken]) -> Vocabulary | Refusal:
     kinds = normalizer_kinds(tokenizer.get("normalizer"))
     if any(kind != "NFC" for kind in kinds):
         why = f"{' → '.join(kinds)} changes text before it is split; llama.cpp does not"
@@ -213,8 +240,7 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
         why = f"token {number!r} holds two digits, which llama.cpp's splitter {pre.name} does not cut"
         return Refusal("tokenizer.json: model", why, WAY_OUT)
     tokens = {i: Token(text, TokenType.NORMAL) for text, i in vocab.items()}
-    for added in tokenizer.get("added_tokens", []):
-        tokens[added["id"]] = Token(added["content"], _added_type(added["content"], added.get("special")))
+    tokens |= {t.id: Token(t.text, _added_type(t)) for t in added}
     # a raw space inside a merge is written as gguf's SpecialVocab does, by the byte-level letter for it
     merges = tuple(
         f"{a} {b}" if " " not in a + b else f"{a.replace(' ', 'Ġ')} {b.replace(' ', 'Ġ')}"
@@ -226,10 +252,13 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
 def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The merges, written `"a b"` (before tokenizers 0.20) or `["a", "b"]`; raises InputError."""
     found = []
-    for merge in tokenizer["model"].get("merges", []):
+    merges = tokenizer["model"].get("merges") or []
+    if not isinstance(merges, list):
+        raise InputError("its merges are not a list", where="tokenizer.json: model", todo=_AGAIN)
+    for merge in merges:
         pair = merge.split(" ", 1) if isinstance(merge, str) else merge
-        if len(pair) != 2:
-            raise InputError(f"{merge!r} is not a merge", where="tokenizer.json", todo="fetch the file again")
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise InputError(f"{merge!r} is not a merge", where="tokenizer.json", todo=_AGAIN)
         found.append((pair[0], pair[1]))
     return found
 
@@ -253,12 +282,15 @@ def _is_reached_by_merges(tokenizer: Mapping[str, Any]) -> bool:
     return not any(len(w) == 1 and w[0][0] == t for t, w in zip(missed, words, strict=True))
 
 
-def _added_type(text: str, special: object) -> TokenType:
+def _added_type(token: AddedToken) -> TokenType:
+    text = token.text
     looks = text in _CONTROL_TEXTS or any(text.startswith(a) and text.endswith(b) for a, b in _CONTROL_SHAPES)
-    return TokenType.CONTROL if special or looks else TokenType.USER_DEFINED
+    return TokenType.CONTROL if token.is_special or looks else TokenType.USER_DEFINED
 
 
-def _spm_like(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Vocabulary | Refusal:
+def _spm_like(
+    checkpoint: Checkpoint, tokenizer: Mapping[str, Any], added: Sequence[AddedToken]
+) -> Vocabulary | Refusal:
     """A byte-fallback BPE tokenizer.json; scores from tokenizer.model if there is one with the same ids."""
     prefix = json_prefix(tokenizer)
     if isinstance(prefix, Refusal):
@@ -275,10 +307,9 @@ def _spm_like(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Vocabular
         if all(vocab.get(p.text) == i for i, p in enumerate(model.pieces)):
             tokens = model_refusal(model, is_alone=False) or dict(enumerate(model.pieces))
     if tokens is None:
-        tokens = json_tokens(tokenizer, _merges(tokenizer))
+        tokens = json_tokens(tokenizer, _merges(tokenizer), {t.text for t in added})
     if isinstance(tokens, Refusal):
         return tokens
-    added = {t["id"]: (t["content"], t.get("special")) for t in tokenizer.get("added_tokens", [])}
     return _with_added("tokenizer.json", tokens, added, prefix)
 
 
@@ -290,22 +321,19 @@ def _spm_alone(checkpoint: Checkpoint) -> Vocabulary | Refusal:
     if refusal is not None:
         return refusal
     config = checkpoint.json("tokenizer_config.json") or {}
-    decoder = config.get("added_tokens_decoder") or {}
-    added = {int(i): (t["content"], t.get("special")) for i, t in decoder.items()}
-    for text, i in (checkpoint.json("added_tokens.json") or {}).items():
-        added.setdefault(i, (text, False))
     stated = config.get("add_prefix_space")
     prefix = Prefix(stated if isinstance(stated, bool) else model.has_prefix)
-    return _with_added("tokenizer.model", dict(enumerate(model.pieces)), added, prefix)
+    return _with_added(
+        "tokenizer.model", dict(enumerate(model.pieces)), added_tokens(checkpoint, None), prefix
+    )
 
 
 def _with_added(
-    model: str, tokens: Mapping[int, Token], added: Mapping[int, tuple[str, object]], prefix: Prefix
+    model: str, tokens: Mapping[int, Token], added: Sequence[AddedToken], prefix: Prefix
 ) -> Vocabulary | Refusal:
     """A SentencePiece vocabulary with added tokens in place."""
     found = dict(tokens)
-    for i, (text, special) in added.items():
-        found[i] = Token(text, _added_type(text, special), NO_SCORE)
+    found |= {t.id: Token(t.text, _added_type(t), NO_SCORE) for t in added}
     for token in found.values():
         if token.type is TokenType.USER_DEFINED and SPACE in token.text:
             why = f"token {token.text!r} is cut out whole and holds a ▁; llama.cpp would look for it in the bare text"
@@ -313,117 +341,76 @@ def _with_added(
     return Vocabulary("llama", "default", found, prefix=prefix)
 
 
-def special_ids(checkpoint: Checkpoint, tokens: Mapping[int, Token]) -> dict[str, int]:
-    """bos, eos, unk, sep, pad, mask, eot and eom where the checkpoint names them.
+class _Template(msgspec.Struct):
+    """One of several templates."""
 
-    In this order: tokenizer_config.json, special_tokens_map.json (texts), config.json, generation_config.json (ids;
-    the first of several).
+    name: str
+    template: str
+
+
+def chat_templates(checkpoint: Checkpoint) -> dict[str, str]:
+    """Chat templates by name, `default` for the one without; {} if there is none.
+
+    chat_template.jinja and additional_chat_templates/*.jinja, else `chat_template` of tokenizer_config.json, else
+    of chat_template.json: one text, or a list of named ones. A name has letters, digits and _ only; others become
+    _. Raises InputError for a template that is no text, is longer than MAX_TEMPLATE_BYTES or leads out of the
+    folder, and for two of one name.
     """
-    by_text = {t.text: i for i, t in tokens.items()}
-    named = [checkpoint.json("tokenizer_config.json") or {}, checkpoint.json("special_tokens_map.json") or {}]
-    numbered = [checkpoint.config, checkpoint.json("generation_config.json") or {}]
-    found = {}
-    for name in _ID_KEYS:
-        texts = [_content(source.get(f"{name}_token")) for source in named]
-        numbers = [_first(source.get(f"{name}_token_id")) for source in numbered]
-        hits = [by_text[t] for t in texts if t in by_text] + [n for n in numbers if n in tokens]
-        if hits and hits[0] is not None:
-            found[name] = hits[0]
+    file = checkpoint.file("chat_template.jinja")
+    if file is not None:
+        more = checkpoint.files("additional_chat_templates", ".jinja")
+        named = [("default", _template_text(file)), *((p.stem, _template_text(p)) for p in more)]
+        return _by_name(named, str(checkpoint.path))
+    for where in ("tokenizer_config.json", "chat_template.json"):
+        stated = (checkpoint.json(where) or {}).get("chat_template")
+        if stated is not None:
+            return _by_name(_stated_templates(stated, where), where)
+    return {}
+
+
+def _template_text(path: Path) -> str:
+    """The text of a file, every line end as a line feed; no more than one character beyond the limit."""
+    try:
+        with path.open(encoding="utf-8") as stream:
+            return stream.read(MAX_TEMPLATE_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"a chat template must be UTF-8: {error}", where=str(path), todo=_AGAIN) from error
+
+
+def _stated_templates(stated: object, where: str) -> list[tuple[str, str]]:
+    if isinstance(stated, str):
+        return [("default", stated)]
+    try:
+        return [(t.name, t.template) for t in msgspec.convert(stated, list[_Template])]
+    except msgspec.ValidationError as error:
+        what = f"chat_template is neither a text nor a list of named texts: {error}"
+        raise InputError(what, where=where, todo=_AGAIN) from error
+
+
+def _by_name(templates: Sequence[tuple[str, str]], where: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for stated, text in templates:
+        name = "".join(c if c in _TEMPLATE_NAME else "_" for c in stated)
+        if not name or name in found:
+            what = (
+                f"chat template {stated!r} has the name of another" if name else "a chat template has no name"
+            )
+            raise InputError(what, where=where, todo="rename or remove it")
+        if len(text.encode("utf-8")) > MAX_TEMPLATE_BYTES:
+            what = f"chat template {stated!r} is longer than {MAX_TEMPLATE_BYTES} bytes"
+            raise InputError(what, where=where, todo=_AGAIN)
+        found[name] = text
     return found
 
 
-def _content(value: object) -> str | None:
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _first(value: object) -> int | None:
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        value = value[0]
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _ends(
-    checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, ids: Mapping[str, int]
-) -> tuple[bool, bool] | Refusal:
-    """Whether bos and eos are put around a text.
-
-    As transformers decides: add_bos_token or add_eos_token of tokenizer_config.json if given, else the
-    post-processor of tokenizer.json; without tokenizer.json bos, not eos.
-    """
-    config = checkpoint.json("tokenizer_config.json") or {}
-    stated = [config.get("add_bos_token"), config.get("add_eos_token")]
-    found: tuple[bool, bool] | Refusal = (True, False)
-    if tokenizer is not None:
-        found = _template_ends(tokenizer.get("post_processor"), ids)
-    if any(isinstance(s, bool) for s in stated):
-        before, after = (False, False) if isinstance(found, Refusal) else found
-        found = (
-            bool(before if stated[0] is None else stated[0]),
-            bool(after if stated[1] is None else stated[1]),
-        )
-    if isinstance(found, Refusal):
-        return found
-    return found[0] and "bos" in ids, found[1] and "eos" in ids
-
-
-def _template_ends(
-    processor: Mapping[str, Any] | None, ids: Mapping[str, int]
-) -> tuple[bool, bool] | Refusal:
-    """Whether a post-processor puts bos before and eos behind; a refusal if it puts anything else."""
-    if processor is None:
-        return False, False
-    kind = processor.get("type")
-    if kind == "Sequence":
-        parts = [_template_ends(p, ids) for p in processor.get("processors", [])]
-        refusal = next((p for p in parts if isinstance(p, Refusal)), None)
-        ends = [p for p in parts if not isinstance(p, Refusal)]
-        return refusal or (any(p[0] for p in ends), any(p[1] for p in ends))
-    if kind == "ByteLevel":
-        return False, False
-    if kind == "TemplateProcessing":
-        single = processor.get("single", [])
-        middle = next((n for n, part in enumerate(single) if "Sequence" in part), len(single))
-        before, after = (_tokens(part, processor) for part in (single[:middle], single[middle + 1 :]))
-        if before in ([], [ids.get("bos")]) and after in ([], [ids.get("eos")]):
-            return bool(before), bool(after)
-    why = f"{kind} puts tokens around a text that are not bos and eos; llama.cpp can add only these"
-    return Refusal("tokenizer.json: post_processor", why, WAY_OUT)
-
-
-def _tokens(parts: Sequence[Mapping[str, Any]], processor: Mapping[str, Any]) -> list[int]:
-    known = processor.get("special_tokens", {})
-    names = [part["SpecialToken"]["id"] for part in parts]
-    return [i for name in names for i in known.get(name, {}).get("ids", [])]
-
-
-def _template_keys(checkpoint: Checkpoint) -> list[KV]:
-    """Chat templates: chat_template.jinja (and additional_chat_templates/), else tokenizer_config.json's."""
-    file = checkpoint.file("chat_template.jinja")
-    if file is None:
-        found = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template")
-        if found is None:
-            found = (checkpoint.json("chat_template.json") or {}).get("chat_template")
-    else:
-        found = [{"name": "default", "template": file.read_text(encoding="utf-8")}]
-        folder = checkpoint.path / "additional_chat_templates"
-        found += [
-            {"name": p.stem, "template": p.read_text(encoding="utf-8")}
-            for p in sorted(folder.glob("*.jinja"))
-        ]
-    if isinstance(found, str):
-        return [KV.text(Keys.Tokenizer.CHAT_TEMPLATE, found)]
-    return _named_templates(found or [])
-
-
-def _named_templates(templates: Sequence[Mapping[str, str]]) -> list[KV]:
+def _template_keys(templates: Mapping[str, str]) -> list[KV]:
     keys, names = [], []
-    for entry in templates:
-        name = "".join(c if c in _TEMPLATE_NAME else "_" for c in entry["name"])
+    for name, text in templates.items():
         if name == "default":
-            keys.append(KV.text(Keys.Tokenizer.CHAT_TEMPLATE, entry["template"]))
+            keys.append(KV.text(Keys.Tokenizer.CHAT_TEMPLATE, text))
         else:
-            keys.append(KV.text(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), entry["template"]))
+            keys.append(KV.text(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text))
             names.append(name)
     return [*keys, KV.texts(Keys.Tokenizer.CHAT_TEMPLATES, names)] if names else keys

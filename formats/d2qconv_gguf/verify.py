@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
@@ -14,6 +15,7 @@ from d2qconv.errors import VerifyError
 from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
 from d2qconv_gguf.container import GgufFile, read
+from d2qconv_gguf.metadata import METADATA_SHA256, metadata_digest
 from d2qconv_gguf.reader import layout_of, model_of
 from d2qconv_gguf.runtime import LlamaCpp, is_installed
 
@@ -45,7 +47,7 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     """All checks of one file; see `Exporter.verify`. The runtime sees the file only if the others passed."""
     file = read(path)
     layout_of(file)
-    checks = [_record_check(file, progress)]
+    checks = [_record_check(file, progress), _metadata_check(file)]
     model = model_of(file)
     checks += [_structure_check(file, model)]
     if not all(c.is_passed for c in checks):
@@ -114,6 +116,15 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
     more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
     bad = f"{len(wrong)} tensors differ from their record: {', '.join(wrong[:_SHOWN])}{more}"
     return Check("decoded values", bad if wrong else good, not wrong)
+
+
+def _metadata_check(file: GgufFile) -> Check:
+    """Every key has the value that was written, and nothing stands behind the last tensor but padding."""
+    if file.keys.get(METADATA_SHA256) != metadata_digest(file.keys):
+        return Check("metadata", "keys or tokens are not those that were written", False)
+    if file.n_spare >= GGUF_DEFAULT_ALIGNMENT:
+        return Check("metadata", f"{file.n_spare} bytes behind the last tensor", False)
+    return Check("metadata", f"{len(file.keys)} keys as they were written", True)
 
 
 def _structure_check(file: GgufFile, model: ModelDesc) -> Check:

@@ -146,7 +146,7 @@ def test_summary_says_what_was_made(d2q):
 
 def test_quiet_prints_the_last_line_alone(d2q):
     result = d2q("to-fake", "m", "--quiet")
-    assert result.out == "m.fake: 4.27 MB, 2.75 bits per weight, KL divergence 0.1250\n"
+    assert result.out == "m.fake: 4.27 MB, 2.75 bits per weight without metadata, KL divergence 0.1250\n"
     assert result.err == ""
 
 

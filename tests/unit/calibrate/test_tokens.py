@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +75,45 @@ def test_jsonl_and_token_files_give_the_same_stream(tmp_path, checkpoint, model)
     assert by_name[0].digest == by_name[1].digest
 
 
+def test_a_raw_line_separator_in_a_string_ends_no_line(tmp_path, checkpoint, model):
+    lines = [f"Line {i} of\u2028the file\x85tells a small story." for i in range(12)]
+    text = "\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in lines)
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    np.save(tmp_path / "a.npy", np.array([i for t in lines for i in ids_of(t + "\n\n")]))
+    by_name = [
+        load(CalibrationSpec(str(tmp_path / n), 8, 16), checkpoint, model) for n in ("a.jsonl", "a.npy")
+    ]
+    assert by_name[0].digest == by_name[1].digest
+
+
+def test_a_long_jsonl_is_read_only_as_far_as_needed(tmp_path, checkpoint, model):
+    path = tmp_path / "a.jsonl"
+    good = (json.dumps({"text": TEXT}) + "\n") * 50
+    path.write_bytes(good.encode() + b"not json\n")
+    assert len(load(CalibrationSpec(str(path), 4, 16), checkpoint, model).calibration) == 4
+
+
+def edited(folder, config=None, **parts):
+    """The tiny model with other parts in its tokenizer.json and other keys in tokenizer_config.json."""
+    shutil.copytree(MODEL, folder)
+    for name, more in (("tokenizer.json", parts), ("tokenizer_config.json", config or {})):
+        content = json.loads((folder / name).read_text()) | more
+        (folder / name).write_text(json.dumps(content))
+    return open_checkpoint(str(folder))
+
+
+def test_truncation_and_padding_of_the_tokenizer_do_not_count(tmp_path, checkpoint, model):
+    truncation = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    padding = {"strategy": {"Fixed": 90_000}, "direction": "Left", "pad_to_multiple_of": None, **pad}
+    short = edited(tmp_path / "m", truncation=truncation, padding=padding)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    spec = CalibrationSpec(str(path), 20, 32)
+    assert load(spec, short, model).digest == load(spec, checkpoint, model).digest
+    assert bos_token(short, model) is None
+
+
 def test_self_samples_are_seeded_and_from_the_model(checkpoint, model):
     seen = []
     spec = CalibrationSpec("self", 8, 24, seed=5)
@@ -107,10 +147,12 @@ def test_a_hub_data_set_is_streamed(checkpoint, model, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
+        ("latin.jsonl", b'{"text": "\xe9"}\n', "cannot be read"),
         ("short.txt", b"too short", "less than one sequence"),
         ("latin.txt", b"\xff\xfe\xff", "cannot be read"),
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2"),
         ("bad.npy", b"\x93NUMPY", "not a token file"),
+        ("bad.safetensors", b"\x00\x01", "not a token file"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, checkpoint, model, name, content, what):
@@ -147,6 +189,7 @@ def test_one_sequence_is_not_enough(tmp_path, checkpoint, model):
     [
         (CalibrationSpec(sequences=0), "at least 1"),
         (CalibrationSpec(length=4096), "longer than the model's context"),
+        (CalibrationSpec(seed=-1), "seed"),
         (CalibrationSpec(source="./nothing.txt"), "no such file"),
     ],
 )
@@ -172,6 +215,68 @@ def test_bos_is_put_where_the_tokenizer_puts_it(tmp_path, checkpoint, model):
     path.write_text(TEXT)
     got = load(CalibrationSpec(str(path), 4, 16), with_bos, model)
     assert got.calibration[:, 0].tolist() == [0] * 4
+
+
+WITH_BOS = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("stated", "processor", "expected"),
+    [
+        ({"bos_token": "<|im_start|>"}, WITH_BOS, 1),
+        ({"bos_token": "<|im_start|>", "add_bos_token": False}, WITH_BOS, None),
+        ({"bos_token": "<|im_start|>", "add_bos_token": True}, None, 1),
+        ({"add_bos_token": True}, None, 0),
+        ({}, None, None),
+    ],
+)
+def test_calibration_and_the_gguf_agree_about_bos(tmp_path, model, stated, processor, expected):
+    from d2qconv_gguf.tokenizer import tokenizer_metadata
+
+    made = edited(tmp_path / "m", stated, post_processor=processor)
+    keys = {kv.key: kv.value for kv in tokenizer_metadata(made, model.dims.vocab)}
+    is_added, bos = keys["tokenizer.ggml.add_bos_token"], keys["tokenizer.ggml.bos_token_id"]
+    assert bos_token(made, model) == expected
+    assert (bos if is_added else None) == expected
+
+
+def test_bos_of_a_sentencepiece_model_and_of_none(tmp_path, model):
+    import sentencepiece
+
+    out = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split(".")[:100]),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    made = edited(tmp_path / "m", {"bos_token": "<s>"})
+    (made.path / "tokenizer.json").unlink()
+    assert bos_token(made, model) == model.bos_ids[0] == 0
+    (made.path / "tokenizer.model").write_bytes(out.getvalue())
+    assert bos_token(made, model) == 1
+    (made.path / "added_tokens.json").write_text('{"<s>": 9000}')
+    with pytest.raises(InputError, match="9000"):
+        bos_token(made, model)
+    (made.path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(InputError, match=r"tokenizer\.model"):
+        bos_token(made, model)
+
+
+def test_a_broken_tokenizer(tmp_path, model):
+    made = edited(tmp_path / "m", model={"type": "Nothing"})
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        bos_token(made, model)
 
 
 def test_statistics_equal_their_definition_and_shift():

@@ -186,6 +186,30 @@ def test_links_inside_are_legal_and_outside_are_not(model: Path, tmp_path: Path)
         open_checkpoint(str(model))
 
 
+def test_files_of_an_inner_folder(model: Path, tmp_path: Path) -> None:
+    checkpoint, inner = open_checkpoint(str(model)), model / "inner"
+    assert checkpoint.files("inner", ".x") == []
+    inner.mkdir()
+    for name in ("b.x", "a.x", "c.y"):
+        (inner / name).write_text("")
+    assert checkpoint.files("inner", ".x") == [inner / "a.x", inner / "b.x"]
+    (tmp_path / "secret.x").write_text("")
+    (inner / "d.x").symlink_to(tmp_path / "secret.x")
+    with pytest.raises(InputError, match=r"'inner/d\.x' is a link that leaves the folder"):
+        checkpoint.files("inner", ".x")
+    (inner / "d.x").unlink()
+    (inner / "d.x").mkdir()
+    with pytest.raises(InputError, match=r"'inner/d\.x' is not a file"):
+        checkpoint.files("inner", ".x")
+    (tmp_path / "elsewhere").mkdir()
+    (model / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="'link' is a link that leaves the folder"):
+        checkpoint.files("link", ".x")
+    for name, said in (("config.json", "not a folder"), ("..", "plain"), ("inner/..", "plain")):
+        with pytest.raises(InputError, match=said):
+            checkpoint.files(name, ".x")
+
+
 def as_snapshot(model: Path, cache: Path, *, shared: bool = False) -> Path:
     """The folder as huggingface_hub would have cached it."""
     repository = cache / "models--org--name"
@@ -219,6 +243,14 @@ def test_snapshot_links_must_stay_in_the_cache(model: Path, tmp_path: Path) -> N
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(InputError, match="leaves the folder"):
         open_checkpoint(str(snapshot)).file("tokenizer.json")
+
+
+def test_inner_folder_of_a_snapshot(model: Path, tmp_path: Path) -> None:
+    snapshot = as_snapshot(model, tmp_path / "hub")
+    (snapshot / "inner").mkdir()
+    (snapshot.parents[1] / "blobs" / "etag").write_text("")
+    (snapshot / "inner" / "a.x").symlink_to("../../../blobs/etag")
+    assert open_checkpoint(str(snapshot)).files("inner", ".x") == [snapshot / "inner" / "a.x"]
 
 
 def test_blobs_folder_that_is_itself_a_link(model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from gguf_models import FAST, ROPES, make_desc, write
 
 from d2qconv.arch.spec import Rope
 from d2qconv.errors import VerifyError
-from d2qconv_gguf.verify import require_same_function
+from d2qconv.export.base import silent
+from d2qconv_gguf.verify import require_same_function, verify_file
 
 YARN = Rope(10000.0, "yarn", 4.0, original_max_positions=512)
 
@@ -35,3 +36,29 @@ def test_a_wrong_file_does_not(tmp_path, change, what):
     write(tmp_path / "m.gguf", desc, FAST)
     with pytest.raises(VerifyError, match=what):
         require_same_function(tmp_path / "m.gguf", change(desc))
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "what", [b"rope.freq_base", b"layer_norm_rms_epsilon", b"eos_token_id", b"d2qconv.recipe"]
+)
+def test_a_changed_key_is_noticed(tmp_path, what):
+    path = tmp_path / "m.gguf"
+    write(path, make_desc("llama"), FAST)
+    assert all(c.is_passed for c in verify_file(path, silent))
+    # behind the key: u32 type, then the value (of a string: its u64 length first)
+    flip(path, path.read_bytes().index(what) + len(what) + (13 if b"recipe" in what else 4))
+    failed = [c.name for c in verify_file(path, silent) if not c.is_passed]
+    assert failed == ["metadata"]
+
+
+def test_bytes_behind_the_last_tensor_are_noticed(tmp_path):
+    path = tmp_path / "m.gguf"
+    write(path, make_desc("llama"), FAST)
+    path.write_bytes(path.read_bytes() + bytes(64))
+    assert [c.name for c in verify_file(path, silent) if not c.is_passed] == ["metadata"]

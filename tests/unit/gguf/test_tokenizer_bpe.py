@@ -22,8 +22,13 @@ from tokenizer_help import (
 from tokenizers import Tokenizer
 
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.errors import PlanError
-from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
+from d2qconv.errors import InputError, PlanError
+from d2qconv_gguf.tokenizer import (
+    MAX_TEMPLATE_BYTES,
+    tokenizer_metadata,
+    tokenizer_refusals,
+    tokenizer_warnings,
+)
 
 TINY_LLAMA = Path(__file__).parents[2] / "data" / "tiny-llama-5m"
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -212,6 +217,91 @@ def test_templates_in_files_come_first(tmp_path, small):
     keys = tokenizer_metadata(checkpoint_of(tmp_path, None), len(small))
     assert value(keys, "tokenizer.chat_template") == TEMPLATE
     assert value(keys, "tokenizer.chat_template.rag") == "R"
+
+
+def jinja(folder: Path, name: str = "rag.jinja") -> Path:
+    """Where an additional template lies, beside a first one."""
+    (folder / "chat_template.jinja").write_text("T", encoding="utf-8")
+    (folder / "additional_chat_templates").mkdir()
+    return folder / "additional_chat_templates" / name
+
+
+def test_a_template_that_leaves_the_folder(tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    checkpoint_of(folder, split_bpe(greedy_model(), GPT2))
+    (tmp_path / "secret").write_text("S", encoding="utf-8")
+    path = jinja(folder)
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"rag\.jinja.*leaves the folder"):
+        tokenizer_refusals(checkpoint_of(folder, None))
+    path.unlink()
+    path.symlink_to("../chat_template.jinja")
+    assert tokenizer_refusals(checkpoint_of(folder, None)) == []
+
+
+@pytest.mark.parametrize("size", [MAX_TEMPLATE_BYTES, MAX_TEMPLATE_BYTES + 1])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_template_has_a_greatest_length(tmp_path, small, size, is_file):
+    if is_file:
+        jinja(tmp_path).write_text("é" + "x" * (size - 2), encoding="utf-8")
+    else:
+        named = [{"name": "rag", "template": "é" + "x" * (size - 2)}]
+        put(tmp_path, "tokenizer_config.json", {"eos_token": "<|im_end|>", "chat_template": named})
+    checkpoint = checkpoint_of(tmp_path, None)
+    if size > MAX_TEMPLATE_BYTES:
+        with pytest.raises(InputError, match="'rag' is longer"):
+            tokenizer_refusals(checkpoint)
+    else:
+        assert tokenizer_refusals(checkpoint) == []
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_a_template_must_be_utf8(tmp_path, small, name):
+    jinja(tmp_path)
+    (tmp_path / name).write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="UTF-8"):
+        tokenizer_refusals(checkpoint_of(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ([{"name": "default"}], "named texts"),
+        ([{"template": "T"}], "named texts"),
+        ([{"name": "default", "template": 3}], "named texts"),
+        (["T"], "named texts"),
+        ({"default": "T"}, "named texts"),
+        (5, "named texts"),
+        ([{"name": "a-b", "template": "T"}, {"name": "a_b", "template": "U"}], "name of another"),
+        ([{"name": "", "template": "T"}], "no name"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+def test_malformed_templates(tmp_path, small, name, stated, said):
+    put(tmp_path, name, {"eos_token": "<|endoftext|>", "chat_template": stated})
+    with pytest.raises(InputError, match=said):
+        tokenizer_refusals(checkpoint_of(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    ("part", "value_"),
+    [
+        ("added_tokens", [{"id": 3}]),
+        ("added_tokens", [{"content": "a"}]),
+        ("added_tokens", 7),
+        ("model", {"type": "BPE", "vocab": [["a", 0.0]]}),
+        ("model", {"type": "BPE", "vocab": {"a": "0"}}),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": 3}),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [3]}),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", 3]]}),
+    ],
+)
+def test_a_malformed_tokenizer(tmp_path, small, part, value_):
+    edit(tmp_path, **{part: value_})
+    checkpoint = checkpoint_of(tmp_path, None)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        tokenizer_refusals(checkpoint)
 
 
 def test_a_token_that_takes_white_space_is_a_warning(tmp_path, small):

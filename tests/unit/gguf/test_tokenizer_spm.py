@@ -225,6 +225,16 @@ def test_merges_that_scores_cannot_say_are_refused(tmp_path, change):
     assert "merge" in refusal.why
 
 
+def test_malformed_added_tokens(folder):
+    parts = json.loads(as_json(trained(), LEGACY, None))
+    with pytest.raises(InputError, match="added_tokens"):
+        tokenizer_refusals(checkpoint_of(folder, json.dumps({**parts, "added_tokens": [{"id": 1}]})))
+    (folder / "tokenizer.json").unlink()
+    put(folder, "added_tokens.json", {"<think>": "611"})
+    with pytest.raises(InputError, match=r"added_tokens\.json"):
+        tokenizer_refusals(checkpoint_of(folder, None))
+
+
 def test_a_broken_model_file(folder):
     for broken in (b"", b"\xff" * 50, trained()[:-1], b"not a model at all"):
         (folder / "tokenizer.model").write_bytes(broken)

@@ -1,0 +1,132 @@
+"""What makes two runs the same, and what is refused before one begins."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import d2qconv
+from d2qconv.errors import InputError
+from d2qconv.export.base import Carrier
+from d2qconv.fold.corrections import FoldRecord
+from d2qconv.pipeline import (
+    Job,
+    _calibration,
+    _carried,
+    _check_work_dir,
+    _open_store,
+    _read_all,
+    _run_spec,
+    choose_device,
+    plan,
+)
+from d2qconv.progress import Unwatched
+from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
+from d2qconv_gguf import INFO, GgufOptions
+
+MODEL = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
+SPEC = RunSpec(
+    "0", "2.0", "gguf", "m", Recipe(), CalibrationSpec(), "t", {"blk.0.q.weight": "q2_k"}, "bias", "cpu"
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "1"},
+        {"torch": "3.0"},
+        {"exporter": "onnx"},
+        {"model": "n"},
+        {"recipe": Recipe(damping=0.02)},
+        {"recipe": Recipe(asymmetry=0.25)},
+        {"recipe": Recipe(refit=False)},
+        {"calibration": CalibrationSpec(seed=1)},
+        {"tokens": "u"},
+        {"storage": {"blk.0.q.weight": "q3_k"}},
+        {"carrier": "none"},
+        {"device": "cuda"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_everything_that_matters_changes_the_fingerprint(change):
+    fields = {name: getattr(SPEC, name) for name in SPEC.__struct_fields__}
+    assert RunSpec(**fields).fingerprint() == SPEC.fingerprint()
+    assert RunSpec(**(fields | change)).fingerprint() != SPEC.fingerprint()
+
+
+def job(tmp_path, **changes):
+    return replace(Job(str(MODEL), INFO, GgufOptions(), tmp_path / "m.gguf", device="cpu"), **changes)
+
+
+def test_a_copied_model_is_the_same_model_and_a_changed_weight_another(tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(MODEL, copy, copy_function=shutil.copyfile)
+    digest = _read_all(plan(job(tmp_path)), Unwatched())
+    assert _read_all(plan(job(tmp_path, model=str(copy))), Unwatched()) == digest
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert _read_all(plan(job(tmp_path, model=str(copy))), Unwatched()) != digest
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(damping=0), Recipe(damping=-1), Recipe(damping=float("nan")), Recipe(asymmetry=1.5),
+     Recipe(asymmetry=float("nan"))],
+)  # fmt: skip
+def test_impossible_numbers_are_refused(recipe):
+    with pytest.raises(InputError, match="must be"):
+        check_recipe(recipe)
+
+
+def test_contradictions_are_refused_by_the_plan(tmp_path):
+    with pytest.raises(InputError, match="no shift to carry"):
+        plan(job(tmp_path, recipe=Recipe(dac=False), carrier=Carrier.RANK1))
+
+
+@pytest.mark.parametrize("device", ["meta", "tpu", "cuda:99"])
+def test_devices_that_cannot_work_are_refused(device):
+    with pytest.raises(InputError, match=device):
+        choose_device(device)
+
+
+@pytest.mark.parametrize("work_dir", [".", "out", "model"])
+def test_a_work_directory_must_not_swallow_the_output_or_the_source(tmp_path, work_dir):
+    shutil.copytree(MODEL, tmp_path / "model", copy_function=shutil.copyfile)
+    (tmp_path / "out").mkdir()
+    asked = job(
+        tmp_path,
+        model=str(tmp_path / "model"),
+        output=tmp_path / "out" / "m.gguf",
+        work_dir=tmp_path / work_dir,
+    )
+    with pytest.raises(InputError, match="emptied at the end"):
+        _check_work_dir(plan(asked))
+
+
+def test_sampled_tokens_are_kept_and_another_job_in_the_same_folder_is_said(tmp_path, monkeypatch):
+    notes = []
+
+    class Notes(Unwatched):
+        def note(self, text):
+            notes.append(text)
+
+    spec = CalibrationSpec("self", 4, 16)
+    first = plan(job(tmp_path, calibration=spec))
+    tokens = _calibration(first, "content", Notes())
+    monkeypatch.setattr("d2qconv.pipeline.load_tokens", None)
+    assert _calibration(first, "content", Notes()).digest == tokens.digest
+    with _open_store(first, _run_spec(first, tokens, "content"), Notes()) as store:
+        store.write("input", {}, None)
+    other = replace(first, job=replace(first.job, recipe=Recipe(dsq=False)))
+    _open_store(other, _run_spec(other, tokens, "content"), Notes()).close()
+    assert "1 finished parts of another job were discarded" in notes[0]
+
+
+def test_what_was_carried_is_said_from_what_was_done():
+    folds = [FoldRecord("mean_shift", i, "x", r, "E", 0.5) for i, r in enumerate((0.01, 0.03))]
+    assert _carried("mean_shift", folds, "rank-1") == "rank-1; residual at most 3.00e-02 (E)"
+    assert _carried("column_scale", folds, "rows of up") == "none"
+    assert describe(Recipe("nearest", dsq=False, dac=False)) == "nearest"

@@ -418,7 +418,7 @@ def _sample(job: Job, prompt: str) -> str:
     if not isinstance(exporter, Sampler):
         return f"(the exporter {job.exporter.name} cannot run its packages)"
     try:
-        return exporter.sample(job.output, prompt)
+        return prompt + exporter.sample(job.output, prompt)
     except PluginError as error:
         return f"(not run) {error}"
 

@@ -27,7 +27,7 @@ class Sampler(Protocol):
     """An exporter that can also run its packages. Optional: `demo` uses it if it is there."""
 
     def sample(self, path: Path, prompt: str) -> str:
-        """Continue `prompt` greedily with the package at `path`, in its own runtime.
+        """Continue `prompt` with the package at `path`, in its own runtime, always in the same way.
 
         Raises PluginError with the pip command if the runtime is not installed.
         """

@@ -138,7 +138,7 @@ class GgufExporter:
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the file, in llama.cpp; see `Sampler`."""
         with LlamaCpp(path) as runtime:
-            return runtime.generate(prompt, SAMPLE_TOKENS)
+            return runtime.generate(prompt, SAMPLE_TOKENS, seed=0)
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """Facts of a GGUF; see `Exporter`. Reads no weights. Raises VerifyError if it is none."""

@@ -47,7 +47,7 @@ class FakeExporter:
         return {"layout": "fake", "sizes": {"q2_k": 3, "f32": 4}, "list": [1, 2]}
 
     def sample(self, path, prompt):
-        return prompt + " there was a fake."
+        return " there was a fake."
 
 INFO = ExporterInfo("fake", "a fake package", FakeOptions, "fake_exporter:FakeExporter", suffix=".fake")
 NO_LIBRARY = ExporterInfo("bare", "nothing", FakeOptions, "x:y", requires=("no_such_lib",), extra="bare")

@@ -36,7 +36,8 @@ from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rules import ScaleIntoRows, ShiftIntoBiases
 from d2qconv.ir.model import Provenance, QuantizedModel
-from d2qconv.ir.store import Store, read_tokens, write_tokens
+from d2qconv.ir.store import Store
+from d2qconv.ir.workdir import read_tokens, write_tokens
 from d2qconv.names import Role
 from d2qconv.progress import Watch
 from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe

@@ -28,8 +28,8 @@ def attention_factor(rope: Rope) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
-    return _mscale(rope.factor, 1.0)
+        return mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+    return mscale(rope.factor, 1.0)
 
 
 def cos_sin(rope: Rope, head: int, positions: range, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-high, low], dim=-1) * sin
 
 
-def _mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def mscale(factor: float, scale: float) -> float:
+    """0.1 · scale · ln(factor) + 1: how much sharper attention must be for a context `factor` times as long."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _default(rope: Rope, plain: Tensor, head: int) -> Tensor:  # noqa: ARG001 one signature for all kinds

@@ -20,6 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFValueType, Keys, RopeScalingType, size_label
 
 from d2qconv.arch.spec import ModelDesc, Rope
+from d2qconv.decoder.rope import attention_factor, mscale
 from d2qconv.errors import Refusal, refuse
 from d2qconv.ir.model import Provenance
 
@@ -144,23 +145,6 @@ def _yarn_refusals(rope: Rope, where: str) -> list[Refusal]:
     return found
 
 
-def yarn_attention_factor(rope: Rope) -> float:
-    """The factor on cos and sin that the checkpoint asks for.
-
-    `attention_factor` if given, else m(mscale) / m(mscale_all_dim) if both are given and not 0, else m(1), with
-    m(a) = 0.1 a ln(factor) + 1, or 1 if factor <= 1. Source: transformers `_compute_yarn_parameters`.
-    """
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
-    return _mscale(rope.factor, 1.0)
-
-
-def _mscale(factor: float, scale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-
 def _rope_scaling(rope: Rope, layout: str) -> list[KV]:
     """Keys of linear and YaRN scaling; nothing for `default` and `llama3`.
 
@@ -177,7 +161,7 @@ def _rope_scaling(rope: Rope, layout: str) -> list[KV]:
     if kind is RopeScalingType.LINEAR:
         return keys
     keys.append(KV.count(_key(Keys.Rope.SCALING_ORIG_CTX_LEN, layout), rope.original_max_positions))
-    extra = yarn_attention_factor(rope) / _mscale(rope.factor, 1.0)
+    extra = attention_factor(rope) / mscale(rope.factor, 1.0)
     if not math.isclose(extra, 1.0, rel_tol=1e-7):
         keys.append(KV.real(_key(Keys.Rope.SCALING_ATTN_FACTOR, layout), extra))
     return keys

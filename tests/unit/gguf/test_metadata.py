@@ -11,6 +11,7 @@ from gguf import GGUFValueType
 from tokenizer_help import checkpoint_of, greedy_model, load, split_bpe, tiny_desc, value, write_gguf
 
 from d2qconv.arch.spec import Rope
+from d2qconv.decoder.rope import attention_factor
 from d2qconv.errors import PlanError
 from d2qconv.ir.model import Provenance
 from d2qconv_gguf.metadata import (
@@ -19,7 +20,6 @@ from d2qconv_gguf.metadata import (
     model_metadata,
     provenance_metadata,
     rope_freqs,
-    yarn_attention_factor,
 )
 from d2qconv_gguf.tokenizer import tokenizer_metadata
 
@@ -114,7 +114,7 @@ def test_the_attention_factor_is_that_of_transformers(more):
     parameters = {"rope_type": "yarn", "rope_theta": 1e6, "original_max_position_embeddings": 1024, **given}
     config = LlamaConfig(hidden_size=32, num_attention_heads=2, head_dim=16, rope_parameters=parameters)
     _, expected = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
-    assert yarn_attention_factor(rope) == pytest.approx(expected, rel=1e-12)
+    assert attention_factor(rope) == pytest.approx(expected, rel=1e-12)
     # what llama.cpp makes of the keys: get_mscale(factor, 1) times attn_factor
     factor = given["factor"]
     of_itself = 1.0 if factor <= 1 else 1 + 0.1 * math.log(factor)

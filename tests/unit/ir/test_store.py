@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from d2qconv.errors import RunError
 from d2qconv.ir.coded import Coded
-from d2qconv.ir.store import Store, read_tokens, write_tokens
+from d2qconv.ir.store import Store
+from d2qconv.ir.workdir import read_tokens, write_tokens
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.quant.sweep import round_to_nearest
 from d2qconv_gguf.grids import GRIDS

@@ -133,3 +133,52 @@ def test_toward_source_is_the_least_squares_answer():
         miss = w @ cross - start @ gram
         assert torch.allclose(toward_source(start, miss, factor, 1.0), best, atol=1e-3)
         assert torch.equal(toward_source(start, miss, factor, 0.0), start)
+
+
+class Pairs:
+    """A toy code book: one code for two columns, 16 points in the plane, one scale per row and block of 8."""
+
+    id, block, group, step, levels, bits_per_weight = "pairs", 8, 8, 2, 16, 4.0
+    points = torch.randn(16, 2, generator=torch.Generator().manual_seed(4))
+
+    def accepts(self, shape):
+        return None
+
+    def fit(self, w, importance):
+        return {"s": w.abs().mean(1, keepdim=True).half()}
+
+    def refit(self, params, group, w, importance):
+        return params
+
+    def encode(self, w, params, col):
+        pairs = w.reshape(len(w), -1, 1, 2) / params["s"].float().reshape(len(w), 1, 1, 1)
+        return (pairs - self.points).square().sum(-1).argmin(-1).to(torch.uint8)
+
+    def decode(self, codes, params, col=0):
+        n_blocks = params["s"].shape[1]
+        values = self.points[codes.long()].reshape(len(codes), n_blocks, -1)
+        return (values * params["s"].float().reshape(len(codes), n_blocks, 1)).reshape(len(codes), -1)
+
+    def scale_rows(self, params, scale):
+        raise NotImplementedError
+
+
+def test_a_code_of_two_columns_feeds_its_whole_error_forward():
+    w, gram = problem(n_out=16, n_in=64)
+    factor, grid = inverse_factor(gram, 0.01, "test"), Pairs()
+    got = gptq(w, factor, grid, is_refit=False)
+    rest, decoded = w.clone(), torch.empty_like(w)
+    inverse = torch.linalg.inv(gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(64))
+    for block in range(0, 64, 8):
+        params = grid.fit(rest[:, block : block + 8].clone(), None)
+        for j in range(block, block + 8, 2):
+            decoded[:, j : j + 2] = grid.decode(grid.encode(rest[:, j : j + 2], params, 0), params)
+            # Optimal Brain Surgeon for two columns at once: the rest moves by -e (H⁻¹_bb)⁻¹ H⁻¹_b,rest, where H⁻¹
+            # is that of the columns not yet rounded.
+            left = torch.linalg.inv(torch.linalg.inv(inverse)[j:, j:])
+            error = (rest[:, j : j + 2] - decoded[:, j : j + 2]).double()
+            move = error @ torch.linalg.inv(left[:2, :2]) @ left[:2, 2:]
+            rest[:, j + 2 :] -= move.float()
+    assert torch.allclose(got.decode(), decoded, atol=1e-6)
+    nearest = round_to_nearest(w, gram.diagonal(), grid).decode()
+    assert loss(w, got.decode(), gram) < 0.8 * loss(w, nearest, gram)

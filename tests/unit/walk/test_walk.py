@@ -105,6 +105,7 @@ def test_compensation_is_closer_than_rounding(model, tmp_path):
 def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(model, tmp_path, monkeypatch):
     straight = walk(model, tmp_path / "a")
     wanted = straight.run()
+    straight.store.close()
 
     class KilledError(Exception):
         pass
@@ -116,8 +117,10 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(model, tmp_path
             return super().quantize(stream)
 
     monkeypatch.setattr(walk_model, "BlockWalk", DiesInBlock1)
+    killed = walk(model, tmp_path / "b")
     with pytest.raises(KilledError):
-        walk(model, tmp_path / "b").run()
+        killed.run()
+    killed.store.close()
     monkeypatch.undo()
     quantized = []
 

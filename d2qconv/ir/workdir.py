@@ -31,7 +31,7 @@ BESIDE = ".part"
 OWN = (PENDING, MANIFEST + BESIDE, MANIFEST, TOKENS + BESIDE, TOKENS, LOCK)
 
 #: Name of the entry in the tokens file's metadata.
-TOKENS_MARK = "d2qconv_tokens"
+TOKENS_MARK = "d2qconv.tokens"
 
 
 class Header(msgspec.Struct, frozen=True):

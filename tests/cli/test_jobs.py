@@ -244,7 +244,12 @@ def test_interrupt(d2q, monkeypatch, by):
 
     monkeypatch.setattr(pipeline, "convert", convert)
     handler = signal.getsignal(signal.SIGTERM)
-    result = d2q("to-fake", "m")
+    # A process that a shell starts in the background ignores SIGINT from birth.
+    at_birth = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = d2q("to-fake", "m")
+    finally:
+        signal.signal(signal.SIGINT, at_birth)
     assert result.code == 130
     assert result.err == "d2qconv: interrupted; the same command goes on where this one stopped\n"
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -136,13 +136,14 @@ def test_verify_passes_a_good_file_and_counts(tmp_path, quick):
     checks = GgufExporter(FAST).verify(package.path, silent)
     assert [c.name for c in checks] == [
         "decoded values",
+        "metadata",
         "structure",
         "llama.cpp loads it",
         "llama.cpp computes it",
     ]
     assert all(c.is_passed for c in checks)
     assert f"{len(made.tensors)} tensors" in checks[0].detail
-    assert "48 positions" in checks[3].detail
+    assert "48 positions" in checks[4].detail
 
 
 def test_verify_names_a_tensor_that_is_not_as_recorded(tmp_path):
@@ -151,7 +152,7 @@ def test_verify_names_a_tensor_that_is_not_as_recorded(tmp_path):
     data[-5] ^= 1
     package.path.write_bytes(data)
     checks = GgufExporter(FAST).verify(package.path, silent)
-    assert [c.is_passed for c in checks] == [False, True]
+    assert [c.is_passed for c in checks] == [False, True, True]
     assert "1 tensors differ" in checks[0].detail
     assert list(read(package.path).tensors)[-1] in checks[0].detail
 
@@ -164,7 +165,7 @@ def test_verify_sees_that_llama_cpp_computes_something_else(tmp_path, quick, mon
         verify, "reference_logits", lambda model, tokens, device: wanted(replace(model, norm_eps=0.3), tokens)
     )
     checks = GgufExporter(FAST).verify(package.path, silent)
-    assert [c.is_passed for c in checks] == [True, True, True, False]
+    assert [c.is_passed for c in checks] == [True, True, True, True, False]
 
 
 def test_verify_refuses_a_file_without_record(tmp_path):

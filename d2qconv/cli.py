@@ -4,7 +4,7 @@ Thin: each reads its options, asks for the work, and hands what came back to the
 made from every usable exporter, its options from the exporter's options dataclass. Importing this module, and every
 `--help`, loads neither torch nor any format library; the pipeline is imported when a job starts.
 
-Exit codes are those of `d2qconv.errors`; 1 is a bug of ours, 130 an interrupt (Ctrl-C, SIGTERM).
+Exit codes are those of `d2qconv.errors`; 1 is a bug of ours, 130 an interrupt (Ctrl-C, SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
@@ -476,12 +476,15 @@ def _fail(console: Console, error: BaseException, exit_code: int, text: str = ""
 
 @contextmanager
 def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that a half-written package is removed."""
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that a half-written package is removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {
+        kind: signal.signal(kind, signal.default_int_handler) for kind in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

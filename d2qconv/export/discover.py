@@ -101,6 +101,10 @@ def first_ready(found: Collection[Found]) -> ExporterInfo:
 
 def for_file(path: Path, found: Collection[Found]) -> ExporterInfo:
     """The exporter whose suffix the file has; raises InputError if that is not exactly one."""
+    if path.is_dir():
+        raise InputError(
+            "a folder", where=str(path), todo="name the package's file, or its format with --format"
+        )
     fits = [f.info for f in found if f.info and f.info.suffix and path.name.endswith(f.info.suffix)]
     if len(fits) != 1:
         raise InputError(

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
-from d2qconv.errors import PlanError, Refusal, VerifyError
+from d2qconv.errors import InputError, PlanError, Refusal, VerifyError
 from d2qconv_gguf.container import GgufFile, StoredTensor, read
 from d2qconv_gguf.metadata import KV, model_metadata, rope_freqs
 from d2qconv_gguf.names import LAYOUTS, ROPE_FREQS, Layout, gguf_name, row_order
@@ -52,7 +52,7 @@ def refusals(path: Path, model: ModelDesc, layout: Layout) -> list[Refusal]:
     try:
         file = _open(path)
         base_layout = LAYOUTS.get(file.architecture)
-    except (PlanError, VerifyError) as error:
+    except (PlanError, InputError, VerifyError) as error:
         return [Refusal("base-gguf", error.what, _REMAKE)]
     if base_layout is None or base_layout.arch not in (model.arch.id, LAYOUTS[layout.name].arch):
         why = f"is of architecture {file.architecture}, which is not how a {model.arch.id} is written"
@@ -67,7 +67,7 @@ def refusals(path: Path, model: ModelDesc, layout: Layout) -> list[Refusal]:
 def _open(path: Path) -> GgufFile:
     try:
         return read(path)
-    except VerifyError as error:
+    except (InputError, VerifyError) as error:
         raise PlanError(f"the base GGUF {error.what}", where=str(path), todo=_REMAKE) from error
 
 

@@ -21,7 +21,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from d2qconv.errors import VerifyError
+from d2qconv.errors import InputError, VerifyError
 
 _T = TypeVar("_T", int, float, str, bool)
 
@@ -94,16 +94,23 @@ class GgufFile:
 
 
 def read(path: Path) -> GgufFile:
-    """Open a GGUF; raises VerifyError for anything that is not a whole, well-formed, little-endian one."""
+    """Open a GGUF.
+
+    Raises InputError for a file that cannot be read or is none at all, VerifyError for one that is not whole,
+    well-formed and little-endian.
+    """
     try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise InputError("not a GGUF file", where=str(path), todo="name a .gguf")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Walk(path, data).run()
         reader = GGUFReader(path)
         fields = {n: f for n, f in reader.fields.items() if not n.startswith("GGUF.")}
         keys = {name: field.contents() for name, field in fields.items()}
     except OSError as error:
-        raise VerifyError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    except VerifyError:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    except (InputError, VerifyError):
         raise
     except _BROKEN as error:
         raise VerifyError(f"is not a whole GGUF: {error or type(error).__name__}", where=str(path)) from error
@@ -136,10 +143,8 @@ class _Walk:
         self.alignment = 32
 
     def run(self) -> None:
-        """Walk keys and tensor infos, and check that every tensor's bytes lie in the file."""
-        if self.data[:4] != _MAGIC:
-            raise self._bad("does not begin with GGUF")
-        self.at = 4
+        """Walk keys and tensor infos behind the magic, and check that every tensor's bytes lie in the file."""
+        self.at = len(_MAGIC)
         version, n_tensors, n_keys = self._take("<IQQ")
         if version not in (2, 3):
             raise self._bad(f"version {version} is not 2 or 3 (or the file is big-endian)")

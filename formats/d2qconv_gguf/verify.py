@@ -114,7 +114,9 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
     n_weights = sum(int(np.prod(t.shape)) for t in file.tensors.values())
     good = f"{len(digests)} tensors, {n_weights:,} values, bit for bit equal when decoded by gguf-py"
     more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    bad = f"{len(wrong)} tensors differ from their record: {', '.join(wrong[:_SHOWN])}{more}"
+    bad = (
+        f"{len(wrong)} of {len(digests)} tensors differ from their record: {', '.join(wrong[:_SHOWN])}{more}"
+    )
     return Check("decoded values", bad if wrong else good, not wrong)
 
 

@@ -235,7 +235,7 @@ def test_traceback_on_request(capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt(d2q, monkeypatch, by):
     def convert(planned, watch):
         os.kill(os.getpid(), by)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from d2qconv.arch.spec import Rope
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
-from d2qconv.errors import VerifyError
+from d2qconv.errors import InputError, VerifyError
 from d2qconv.export.base import Carrier, silent
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions
@@ -120,7 +120,7 @@ def use(path):
 def test_every_truncation_is_refused(tmp_path, small):
     read(spoiled(tmp_path, small))
     for n in range(1, len(small)):
-        with pytest.raises(VerifyError):
+        with pytest.raises(InputError if n < 4 else VerifyError):
             read(spoiled(tmp_path, small[:n]))
 
 
@@ -129,7 +129,7 @@ def test_every_truncation_is_refused(tmp_path, small):
 def test_spoiled_bytes_never_end_in_a_traceback(tmp_path, small, data):
     at = data.draw(st.integers(0, len(small) - 1))
     new = data.draw(st.binary(min_size=1, max_size=12))
-    with np.errstate(all="ignore"), contextlib.suppress(VerifyError):
+    with np.errstate(all="ignore"), contextlib.suppress(InputError, VerifyError):
         use(spoiled(tmp_path, small[:at] + new + small[at + len(new) :]))
 
 
@@ -158,8 +158,11 @@ def test_hostile_sizes_are_refused_at_once(tmp_path, small, old, new):
 
 
 def test_no_gguf_at_all(tmp_path):
-    for path in (tmp_path / "none", spoiled(tmp_path, b""), spoiled(tmp_path, b"PK\3\4" * 99), tmp_path):
-        with pytest.raises(VerifyError):
+    for content in (b"", b"GGU", b"PK\3\4" * 99):
+        with pytest.raises(InputError, match="not a GGUF file"):
+            read(spoiled(tmp_path, content))
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
             read(path)
 
 

@@ -111,7 +111,10 @@ class LlamaCpp:
 
     def generate(self, prompt: str, n: int, seed: int | None = None) -> str:
         """The prompt's continuation by `n` tokens."""
-        return self.detokenize(self.sample(self.tokenize(prompt, add_special=True), n, seed))
+        start = self.tokenize(prompt, add_special=True)
+        # Alone, the new tokens would lose the space that they begin with.
+        whole = self.detokenize([*start, *self.sample(start, n, seed)])
+        return whole[len(self.detokenize(start)) :]
 
     def _context_params(self, n_threads: int) -> Any:
         params = self._api.LlamaContextParams()

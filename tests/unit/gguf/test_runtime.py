@@ -192,6 +192,7 @@ def test_a_trained_model_writes_text_and_the_runtime_is_quiet(tmp_path):
         "with LlamaCpp(Path(sys.argv[1])) as m:\n"
         "    text = 'The old man'\n"
         "    assert m.detokenize(m.tokenize(text)) == text\n"
+        "    assert m.generate('The old man of the', 2)[0] == ' ', m.generate('The old man of the', 2)\n"
         "    assert m.generate(text, 12) == m.generate(text, 12)\n"
         "    assert m.generate(text, 12, 1) == m.generate(text, 12, 1) != m.generate(text, 12, 2)\n"
         "    print(m.n_vocab, m.bos, m.version())\n"

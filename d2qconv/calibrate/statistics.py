@@ -18,7 +18,6 @@ class InputStatistics:
 
     gram: Tensor
     mean: Tensor
-    n_tokens: int
     cross: Tensor | None = None
     source_mean: Tensor | None = None
 
@@ -29,7 +28,7 @@ class InputStatistics:
         cross = self.cross
         if cross is not None and self.source_mean is not None:
             cross = cross + torch.outer(self.source_mean, mu)
-        return InputStatistics(gram, self.mean + mu, self.n_tokens, cross, self.source_mean)
+        return InputStatistics(gram, self.mean + mu, cross, self.source_mean)
 
 
 class InputAccumulator:
@@ -59,5 +58,5 @@ class InputAccumulator:
         n = self._n_tokens
         gram, mean = (self._gram / n).float(), (self._sum / n).float()
         if self._cross is None:
-            return InputStatistics(gram, mean, n)
-        return InputStatistics(gram, mean, n, (self._cross / n).float(), (self._source_sum / n).float())
+            return InputStatistics(gram, mean)
+        return InputStatistics(gram, mean, (self._cross / n).float(), (self._source_sum / n).float())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,8 @@ from d2qconv.grids.base import Grid
 from d2qconv.names import TensorId
 
 if TYPE_CHECKING:
+    import torch
+
     from d2qconv.arch.spec import ModelDesc
     from d2qconv.checkpoint.open import Checkpoint
     from d2qconv.ir.model import QuantizedModel
@@ -41,9 +44,16 @@ class FloatType(StrEnum):
     BF16 = "bf16"
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes per element."""
-        return 4 if self is FloatType.F32 else 2
+    def dtype(self) -> torch.dtype:
+        """The same as torch has it."""
+        import torch
+
+        return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[self.value]
+
+
+def type_name(storage: Grid | FloatType) -> str:
+    """What a storage is called: `q2_k`, `f32`, …"""
+    return storage.value if isinstance(storage, FloatType) else storage.id
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class TensorPlan:
     @property
     def type_name(self) -> str:
         """`q2_k`, `f32`, …"""
-        return self.storage.value if isinstance(self.storage, FloatType) else self.storage.id
+        return type_name(self.storage)
 
 
 @dataclass(frozen=True)
@@ -186,11 +196,13 @@ class ExporterInfo:
     architectures: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
+    def missing(self) -> tuple[str, ...]:
+        """The required modules that are not installed. Imports none of them."""
+        return tuple(m for m in self.requires if find_spec(m) is None)
+
     def load(self, options: object) -> Exporter:
         """Import the exporter and make it; raises PluginError with the pip command if a library is missing."""
-        from importlib.util import find_spec
-
-        missing = [m for m in self.requires if find_spec(m) is None]
+        missing = self.missing()
         if missing:
             raise PluginError(
                 f"to-{self.name} needs {', '.join(missing)}",

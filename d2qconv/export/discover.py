@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, get_type_hints, runtime_checkable
 
@@ -45,20 +44,15 @@ class Found:
     @property
     def is_ready(self) -> bool:
         """Whether the exporter can be used here and now."""
-        return self.info is not None and not missing(self.info)
+        return self.info is not None and not self.info.missing()
 
     @property
     def state(self) -> str:
         """`ready`, or what stands in the way."""
         if self.info is None:
             return f"broken: {self.reason}"
-        absent = missing(self.info)
+        absent = self.info.missing()
         return f"needs {', '.join(absent)}: pip install 'd2qconv[{self.info.extra}]'" if absent else "ready"
-
-
-def missing(info: ExporterInfo) -> tuple[str, ...]:
-    """The modules that the exporter requires and that are not installed. Imports none of them."""
-    return tuple(m for m in info.requires if find_spec(m) is None)
 
 
 def discover() -> tuple[Found, ...]:

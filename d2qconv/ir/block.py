@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from d2qconv.ir.coded import Coded
-from d2qconv.ir.store import Held
+from d2qconv.ir.coded import Held, decoded
 from d2qconv.names import Role
 
 
@@ -25,8 +24,7 @@ class QuantizedBlock:
 
     def weight(self, role: Role) -> Tensor:
         """The decoded matrix of a linear, f32[n_out, n_in]."""
-        linear = self.linears[role]
-        return linear.decode() if isinstance(linear, Coded) else linear.float()
+        return decoded(self.linears[role])
 
     def with_linear(self, role: Role, linear: Held) -> QuantizedBlock:
         """The same block with one matrix replaced."""

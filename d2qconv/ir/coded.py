@@ -7,6 +7,7 @@ to a file is what the quantizer chose.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,3 +52,12 @@ class Coded:
             codes=self.codes.to(device),
             params={name: p.to(device) for name, p in self.params.items()},
         )
+
+
+#: A quantized or float tensor, in memory, in the precision that the package stores.
+Held: TypeAlias = Coded | Tensor
+
+
+def decoded(held: Held) -> Tensor:
+    """The values of a tensor in storage, f32."""
+    return held.decode() if isinstance(held, Coded) else held.float()

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import RunError
 from d2qconv.grids.base import Grid
-from d2qconv.ir.coded import Coded
+from d2qconv.ir.coded import Coded, Held
 from d2qconv.ir.model import Stored
 from d2qconv.ir.workdir import (
     BESIDE,
@@ -53,9 +53,6 @@ from d2qconv.names import TensorId
 VERSION = 1
 
 Notes = TypeVar("Notes")
-
-#: One tensor of a part, in memory.
-Held: TypeAlias = Coded | Tensor
 
 
 class _Layout(msgspec.Struct, frozen=True):

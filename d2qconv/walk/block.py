@@ -23,12 +23,11 @@ from d2qconv.export.base import Carrier, FloatType, TargetPlan
 from d2qconv.fold.corrections import ColumnScale, FoldRecord, MeanShift
 from d2qconv.fold.rules import ScaleIntoRows, ShiftIntoBiases, ShiftIntoWeights
 from d2qconv.ir.block import QuantizedBlock
-from d2qconv.ir.coded import Coded
-from d2qconv.ir.store import Held
+from d2qconv.ir.coded import Coded, Held, decoded
 from d2qconv.names import Role, TensorId
 from d2qconv.quant.dac import ShiftAccumulator
 from d2qconv.quant.dsq import ColumnScaled, split
-from d2qconv.walk.rounding import Rounder, TensorError, decoded, error_of
+from d2qconv.walk.rounding import Rounder, TensorError, error_of
 from d2qconv.walk.stream import Stream
 
 
@@ -132,7 +131,7 @@ class BlockWalk:
                 part = held.take_rows(rows) if isinstance(held, Coded) else held[rows]
                 self.linears[role] = part
                 self.student.weights[role] = decoded(part)
-                self._note_error(role, w, decoded(part), statistics)
+                self._note_error(role, w, self.student.weights[role], statistics)
                 first += len(w)
 
     def _down(self, statistics: InputStatistics) -> Tensor | None:

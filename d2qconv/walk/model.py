@@ -22,11 +22,12 @@ from d2qconv.evaluate.metrics import Divergence
 from d2qconv.export.base import TargetPlan
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.ir.block import QuantizedBlock
-from d2qconv.ir.store import Held, Store
+from d2qconv.ir.coded import Held, decoded
+from d2qconv.ir.store import Store
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.progress import Watch
 from d2qconv.walk.block import BlockNotes, BlockWalk
-from d2qconv.walk.rounding import Rounder, TensorError, decoded, error_of
+from d2qconv.walk.rounding import Rounder, TensorError, error_of
 from d2qconv.walk.stream import Stream
 
 #: Parts of the store that stand outside the blocks.

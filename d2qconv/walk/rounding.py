@@ -11,13 +11,10 @@ from torch import Tensor
 from d2qconv.calibrate.statistics import InputStatistics
 from d2qconv.export.base import FloatType
 from d2qconv.grids.base import Grid
-from d2qconv.ir.coded import Coded
-from d2qconv.ir.store import Held
+from d2qconv.ir.coded import Held
 from d2qconv.quant.hessian import inverse_factor, toward_source
 from d2qconv.quant.sweep import gptq, round_to_nearest
 from d2qconv.run import Recipe
-
-_TORCH = {FloatType.F32: torch.float32, FloatType.F16: torch.float16, FloatType.BF16: torch.bfloat16}
 
 
 class TensorError(msgspec.Struct, frozen=True):
@@ -50,7 +47,7 @@ class Rounder:
         source: the source's weights, where w is not those (a shift was folded in).
         """
         if isinstance(storage, FloatType):
-            return w.to(_TORCH[storage])
+            return w.to(storage.dtype)
         if statistics is None:
             return round_to_nearest(w, torch.ones(w.shape[1], device=w.device), storage)
         if self.recipe.rounding == "nearest":
@@ -60,11 +57,6 @@ class Rounder:
             miss = (w if source is None else source) @ statistics.cross - w @ statistics.gram
             w = toward_source(w, miss, factor, self.recipe.asymmetry)
         return gptq(w, factor, storage, is_refit=self.recipe.refit)
-
-
-def decoded(held: Held) -> Tensor:
-    """The values of a tensor in storage, f32."""
-    return held.decode() if isinstance(held, Coded) else held.float()
 
 
 def error_of(tensor: str, w: Tensor, approximation: Tensor, statistics: InputStatistics) -> TensorError:

@@ -23,9 +23,8 @@ from d2qconv.arch.spec import ModelDesc, Rope
 from d2qconv.decoder.rope import attention_factor, mscale
 from d2qconv.errors import Refusal, refuse
 from d2qconv.ir.model import Provenance
+from d2qconv_gguf.names import ROPE_FREQS
 
-#: Name of the extra tensor that carries llama3 RoPE.
-ROPE_FREQS = "rope_freqs.weight"
 #: Digest of all other metadata, so that a changed key or token is noticed.
 METADATA_SHA256 = "d2qconv.metadata_sha256"
 #: The boundaries of YaRN's ramp, which these layouts cannot change (src/llama-hparams.h).

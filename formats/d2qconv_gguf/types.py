@@ -9,7 +9,7 @@ from typing import TypeAlias
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from d2qconv.errors import Refusal
-from d2qconv.export.base import FloatType
+from d2qconv.export.base import FloatType, type_name
 from d2qconv.grids.base import Grid
 from d2qconv_gguf.codecs import CODECS
 from d2qconv_gguf.grids import GRIDS
@@ -48,11 +48,6 @@ def storage(name: str) -> Storage | None:
     if name in GRIDS:
         return GRIDS[name]
     return FloatType(name) if name in tuple(FloatType) else None
-
-
-def type_name(stored: Storage) -> str:
-    """Inverse of `storage`."""
-    return stored.value if isinstance(stored, FloatType) else stored.id
 
 
 def fitting(shape: Sequence[int]) -> tuple[str, ...]:

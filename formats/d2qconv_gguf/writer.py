@@ -25,8 +25,6 @@ from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.names import Layout, row_order
 from d2qconv_gguf.types import GGML_TYPES
 
-_TORCH = {FloatType.F32: torch.float32, FloatType.F16: torch.float16, FloatType.BF16: torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -71,7 +69,7 @@ class Entry:
         loaded = self.stored.load().cpu()
         if self.order is not None:
             loaded = loaded[self.order]
-        stored = loaded.to(_TORCH[FloatType(self.type_name)])
+        stored = loaded.to(FloatType(self.type_name).dtype)
         if not bool(torch.isfinite(stored).all()):
             raise ExportError(
                 f"holds values that are not finite in {self.type_name}",

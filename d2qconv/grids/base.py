@@ -38,6 +38,23 @@ class Exactness:
         return self.max_relative_error == 0.0
 
 
+@dataclass(frozen=True)
+class Lattice:
+    """The levels of one group of a scalar grid, row by row: value = step · (code - zero) - offset, in that order, f32.
+
+    step: f32[n_out] or f32[1]. zero: integers as f32[n_out] or f32[1]. offset: f32[n_out], f32[1] or None for 0.
+    column_scale: f32[group] or None; the value times this, rounded once more. levels: number of codes, from 0.
+    The nearest code to w is clamp(round((w / column_scale + offset) / step), -zero, levels - 1 - zero) + zero, ties to
+    the even number of steps, and `zero` where the step is 0.
+    """
+
+    step: Tensor
+    zero: Tensor
+    offset: Tensor | None
+    column_scale: Tensor | None
+    levels: int
+
+
 @runtime_checkable
 class Grid(Protocol):
     """The values that one storage type can represent. Stateless; equal grids are the same object."""
@@ -65,6 +82,13 @@ class Grid(Protocol):
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, parameters included."""
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The float parameters in which `decode` is jointly linear, codes and all other parameters being fixed.
+
+        They are what a last pass may still change (`d2qconv.refine`).
+        """
 
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
@@ -95,6 +119,12 @@ class Grid(Protocol):
 
         codes: u8[n_out, n/step]: columns col .. col+n; params `[n_out, n_blocks, ...]` of the blocks that these
         columns lie in (whole blocks from col 0, or a part of one block). Returns f32[n_out, n].
+        """
+
+    def lattice(self, params: Params, group: int) -> Lattice | None:
+        """The levels of group number `group` of one block, of which `encode` and `decode` are then the formulas there.
+
+        params: of one block, `[n_out, 1, ...]`. None if the grid is no such thing (code books).
         """
 
     def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:

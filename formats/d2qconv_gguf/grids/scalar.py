@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2qconv.errors import Refusal, RunError
-from d2qconv.grids.base import Exactness, Params
-from d2qconv_gguf.grids.problem import F16_MAX
+from d2qconv.errors import Refusal
+from d2qconv.grids.base import Exactness, Lattice, Params
+from d2qconv.grids.scaling import scaled_rows
 
 
 class ScalarGrid:
     """Base of the grids here. Subclasses define `affine`, `fit`, and `refit` where they have inner parameters.
 
     id, block, group, levels: see `d2qconv.grids.base.Grid`. zero: the code that stands for 0 steps.
-    block_bytes: bytes of one stored block. super_names: the f16 parameters that scale with a row.
+    block_bytes: bytes of one stored block. scales: the f16 parameters, in which decode is linear.
     """
 
     id: str
@@ -31,7 +31,7 @@ class ScalarGrid:
     levels: int
     zero: int = 0
     block_bytes: int
-    super_names: tuple[str, ...] = ("d",)
+    scales: tuple[str, ...] = ("d",)
     step: int = 1
 
     def __repr__(self) -> str:
@@ -95,29 +95,17 @@ class ScalarGrid:
             values.sub_(offset)
         return values.reshape(codes.shape)
 
-    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
-        """Multiply d (and dmin) by scale_i, rounded to f16; see `Grid.scale_rows`.
+    def lattice(self, params: Params, group: int) -> Lattice:
+        """See `Grid.lattice`."""
+        step, offset = self.affine(params, slice(0, 1), slice(group, group + 1))
+        zero = torch.full((1,), float(self.zero), device=step.device)
+        return Lattice(
+            step.reshape(-1), zero, None if offset is None else offset.reshape(-1), None, self.levels
+        )
 
-        The reported error is max |stored / wanted - 1| over all d (and dmin) that are not zero. It is at most 2^-11,
-        except below 6.1e-5, where f16 has fewer bits: up to 1 if a tiny d vanishes.
-        Raises RunError if a product is larger than f16 can hold.
-        """
-        factor = scale.to(torch.float32)[:, None]
-        scaled = dict(params)
-        worst = 0.0
-        for name in self.super_names:
-            wanted = params[name].to(torch.float32) * factor
-            stored = wanted.to(torch.float16)
-            if not bool(torch.isfinite(stored).all()):
-                raise RunError(
-                    f"a row scale makes {name} {wanted.abs().max().item():.3g}, but f16 ends at {F16_MAX:.0f}",
-                    where=self.id,
-                    todo="the matrix or the scale has an outlier; leave the scale out or store the matrix as f16",
-                )
-            relative = torch.where(wanted == 0, 0.0, (stored.to(torch.float32) - wanted) / wanted)
-            worst = max(worst, relative.abs().max().item() if relative.numel() else 0.0)
-            scaled[name] = stored
-        return scaled, Exactness(worst)
+    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
+        """The f16 parameters times scale_i, rounded to storage; see `Grid.scale_rows` and `scaled_rows`."""
+        return scaled_rows(params, self.scales, scale, self.id)
 
     def _columns(self, params: Params, col: int, n: int) -> tuple[Tensor, Tensor | None]:
         """(step, offset) for the columns col .. col+n, each f32[n_out or 1, k, 1]: k equal runs of columns."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2qconv.grids.base import Params
 from d2qconv_gguf.grids.affine_search import AffineShape, choose_inner, fit_block, free_fit
-from d2qconv_gguf.grids.problem import Problem, row_chunks
+from d2qconv_gguf.grids.problem import Problem, has_kernels, row_chunks
 from d2qconv_gguf.grids.scalar import ScalarGrid
 
 #: Where the range is cut at either end, as fractions of it: few levels want it cut far, many hardly at all.
@@ -24,7 +24,7 @@ _CUTS_16_LEVELS = (-0.03, -0.01, 0.01, 0.03, 0.05, 0.07, 0.1)
 class AffineK(ScalarGrid):
     """Base of both. `search` holds the sizes of the integers."""
 
-    super_names = ("d", "dmin")
+    scales = ("d", "dmin")
     search: AffineShape
 
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
@@ -34,6 +34,10 @@ class AffineK(ScalarGrid):
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:
         """See `Grid.fit` and `affine_search`. d and dmin are not negative."""
+        if has_kernels(w):
+            from d2qconv_gguf.grids import affine_triton
+
+            return affine_triton.fit(w, importance, self.search, self.group)
         parts = [self._fit_rows(w[rows], importance) for rows in row_chunks(w)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -54,6 +58,10 @@ class AffineK(ScalarGrid):
         weighted error: it never grows. d < 0 (a row scaled by a negative number) is searched like any other d, but
         only the present pair is sure to be considered.
         """
+        if has_kernels(w):
+            from d2qconv_gguf.grids import affine_triton
+
+            return affine_triton.refit(params, group, w, importance, self.search)
         parts = [
             self._refit_rows({name: p[rows] for name, p in params.items()}, group, w[rows], importance)
             for rows in row_chunks(w)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d2qconv.grids.constants import constant
 from d2qconv_gguf.grids.problem import Problem, best_of, encoded, keep_best
 
 
@@ -66,7 +67,7 @@ def free_fit(p: Problem, shape: AffineShape) -> FreeFit:
     low = p.w.amin(1).clamp_max(0.0)
     width = p.w.amax(1) - low
     best: tuple[Tensor, ...] | None = None
-    for cuts in p.chunks(torch.tensor(shape.starts, dtype=p.w.dtype, device=p.w.device)):
+    for cuts in p.chunks(constant(shape.starts, p.w.dtype, p.w.device)):
         below, above = cuts[:, 0, None, None], cuts[:, 1, None, None]
         offset = (-(low + below * width)).clamp_min(0.0)
         step = (width * (1 - below - above) / shape.top_code).clamp_min(0.0)
@@ -108,8 +109,7 @@ def super_scales(p: Problem, free: FreeFit, shape: AffineShape, keep: int) -> li
     integer. The error is estimated with the codes of `free`, the offset being the best one for the rounded step.
     """
     top = shape.top_scale
-    device, dtype = p.w.device, p.w.dtype
-    relative = torch.tensor(_SUPER_RELATIVE, dtype=dtype, device=device)
+    relative = constant(SUPER_RELATIVE, p.w.dtype, p.w.device)
     ds = p.storable(free.step.amax(0) / (relative[:, None] * top))
     dmins = p.storable(free.offset.amax(0) / (relative[:, None] * top))
     errors = []
@@ -127,7 +127,7 @@ def super_scales(p: Problem, free: FreeFit, shape: AffineShape, keep: int) -> li
     ]
 
 
-_SUPER_RELATIVE = (0.6, 0.66, 0.72, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05)
+SUPER_RELATIVE = (0.6, 0.66, 0.72, 0.78, 0.84, 0.9, 0.95, 1.0, 1.05)
 
 
 def choose_inner(
@@ -145,9 +145,9 @@ def choose_inner(
     inverse_d = torch.where(d == 0, 0.0, 1 / d)
     inverse_dmin = torch.where(dmin == 0, 0.0, 1 / dmin)
     centre = (free_step * inverse_d).round_()
-    shifts = [(s, t) for s in range(-reach, reach + 1) for t in (-1, 0, 1)]
+    shifts = tuple((float(s), t) for s in range(-reach, reach + 1) for t in (-1.0, 0.0, 1.0))
     best: tuple[Tensor, ...] | None = None
-    for chunk in p.chunks(torch.tensor(shifts, dtype=p.w.dtype, device=p.w.device)):
+    for chunk in p.chunks(constant(shifts, p.w.dtype, p.w.device)):
         sc = (centre + chunk[:, 0, None, None]).clamp_(0, top)
         step = sc * d
         m = ((step * q - p.sum_w) * inverse_dmin).round_().add_(chunk[:, 1, None, None]).clamp_(0, top)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -23,8 +25,8 @@ from torch import Tensor
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24
 #: A row whose largest weight lies below this cannot be told from zero in any ggml type.
-_SMALLEST_SCALE = 2.0**-40
-_LARGEST_SCALE = 2.0**120
+SMALLEST_SCALE = 2.0**-40
+LARGEST_SCALE = 2.0**120
 #: Elements of one temporary: about the second-level cache of a CPU core; 128 MiB on a GPU.
 _CPU_ELEMENTS = 2**16
 _GPU_ELEMENTS = 2**25
@@ -51,7 +53,7 @@ class Problem:
     def make(cls, w: Tensor, importance: Tensor, group: int) -> Problem:
         """w: f32[n_out, columns]; importance: f32[columns], not negative; columns a multiple of `group`."""
         rows, columns = w.shape
-        largest = w.abs().amax(1).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
+        largest = w.abs().amax(1).clamp(SMALLEST_SCALE, LARGEST_SCALE)
         scale = torch.exp2(torch.floor(torch.log2(largest)))
         grouped = (w / scale[:, None]).t().reshape(columns // group, group, rows).contiguous()
         a = importance.to(w.dtype).reshape(columns // group, group, 1)
@@ -119,6 +121,19 @@ def best_of(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of candidates along dimension 0, the one with the smallest first entry, elementwise."""
     index = torch.nan_to_num(found[0], nan=torch.inf).argmin(0, keepdim=True)
     return tuple(f.gather(0, index).squeeze(0) for f in found)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def has_kernels(w: Tensor) -> bool:
+    """Whether w is on a device whose fits are Triton kernels (`affine_triton`, `symmetric_triton`): CUDA with Triton.
+
+    PyTorch's wheels for CUDA bring Triton along. Without it the PyTorch code does the same, launch by launch.
+    """
+    return w.is_cuda and _has_triton()
 
 
 def row_chunks(w: Tensor) -> list[slice]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.grids.base import Params
-from d2qconv_gguf.grids.problem import Problem, row_chunks
+from d2qconv_gguf.grids.problem import Problem, has_kernels, row_chunks
 from d2qconv_gguf.grids.scalar import ScalarGrid
 from d2qconv_gguf.grids.symmetric_search import SymmetricShape, fit_block, fit_single, try_all_inner
 
@@ -29,6 +29,10 @@ class Q3K(ScalarGrid):
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:
         """See `Grid.fit` and `symmetric_search`."""
+        if has_kernels(w):
+            from d2qconv_gguf.grids import symmetric_triton
+
+            return symmetric_triton.fit(w, importance, self.search, self.group)
         ds, scs = [], []
         for rows in row_chunks(w):
             p = Problem.make(w[rows], importance, self.group)
@@ -42,6 +46,10 @@ class Q3K(ScalarGrid):
 
         All 64 integers are tried, and compared with the present one by the true weighted error: it never grows.
         """
+        if has_kernels(w):
+            from d2qconv_gguf.grids import symmetric_triton
+
+            return symmetric_triton.refit(params, group, w, importance, self.zero)
         chosen = []
         for rows in row_chunks(w):
             p = Problem.make(w[rows], importance, self.group)
@@ -66,6 +74,10 @@ class SingleStep(ScalarGrid):
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:
         """See `Grid.fit` and `symmetric_search`."""
+        if has_kernels(w):
+            from d2qconv_gguf.grids import symmetric_triton
+
+            return symmetric_triton.fit_single(w, importance, self.search)
         ds = []
         for rows in row_chunks(w):
             p = Problem.make(w[rows], importance, self.group)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d2qconv.grids.constants import constant
 from d2qconv_gguf.grids.problem import Problem, best_of, encoded, keep_best
 
 #: Q3_K's inner integers.
 LOWEST_SCALE, HIGHEST_SCALE = -32, 31
+_EVERY_SCALE = tuple(float(sc) for sc in range(LOWEST_SCALE, HIGHEST_SCALE + 1))
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def signed_fit(p: Problem, shape: SymmetricShape, sign: int) -> SignedFit:
     """The best step of this sign, per group, that the starting steps lead to."""
     largest = p.w.abs().amax(1)
     best: tuple[Tensor, ...] | None = None
-    for starts in p.chunks(torch.tensor(shape.starts, dtype=p.w.dtype, device=p.w.device)):
+    for starts in p.chunks(constant(shape.starts, p.w.dtype, p.w.device)):
         step = largest * (sign / starts[:, None, None])
         found: tuple[Tensor, ...] = ()
         for _ in range(shape.n_iterations):
@@ -73,7 +75,7 @@ def fit_single(p: Problem, shape: SymmetricShape) -> Tensor:
     """The storable step f32[n] of a block without inner parameters, by the true error after rounding to f16."""
     largest = p.w.abs().amax(1)
     best: tuple[Tensor, ...] | None = None
-    starts = torch.tensor(shape.starts, dtype=p.w.dtype, device=p.w.device)
+    starts = constant(shape.starts, p.w.dtype, p.w.device)
     for chunk in p.chunks(torch.cat([starts, -starts])):
         step = largest / chunk[:, None, None]
         for _ in range(shape.n_iterations):
@@ -93,7 +95,7 @@ def super_scales(p: Problem, fits: tuple[SignedFit, SignedFit], keep: int) -> li
     plus, minus = fits
     step = torch.where(plus.error <= minus.error, plus.step, minus.step)
     extreme = step.gather(0, step.abs().argmax(0, keepdim=True))[0]
-    numbers = torch.tensor(_EXTREME_SCALES, dtype=p.w.dtype, device=p.w.device)
+    numbers = constant(EXTREME_SCALES, p.w.dtype, p.w.device)
     candidates = p.storable(extreme / numbers[:, None])
     inverse = torch.where(candidates == 0, 0.0, 1 / candidates)[:, None]
     errors = []
@@ -104,7 +106,7 @@ def super_scales(p: Problem, fits: tuple[SignedFit, SignedFit], keep: int) -> li
     return [candidates.gather(0, i[None])[0] for i in error.argsort(0)[:keep]]
 
 
-_EXTREME_SCALES = (
+EXTREME_SCALES = (
     -35.0,
     -33.0,
     -32.0,
@@ -133,7 +135,7 @@ def choose_inner(p: Problem, d: Tensor, steps: tuple[Tensor, ...], zero: int) ->
     best: tuple[Tensor, ...] | None = None
     for step in steps:
         centre = (step * inverse).round_()
-        for chunk in p.chunks(torch.tensor((-1.0, 0.0, 1.0), dtype=p.w.dtype, device=p.w.device)):
+        for chunk in p.chunks(constant((-1.0, 0.0, 1.0), p.w.dtype, p.w.device)):
             sc = (centre + chunk[:, None, None]).clamp_(LOWEST_SCALE, HIGHEST_SCALE)
             found = best_of((p.residual(sc * d, None, -zero, zero - 1), sc))
             best = found if best is None else keep_best(best, found)
@@ -144,7 +146,7 @@ def choose_inner(p: Problem, d: Tensor, steps: tuple[Tensor, ...], zero: int) ->
 def try_all_inner(p: Problem, d: Tensor, zero: int) -> tuple[Tensor, Tensor]:
     """The best integer sc of every group, of all there are, by the true error. Returns error and sc, f32[G, n]."""
     best: tuple[Tensor, ...] | None = None
-    every = torch.arange(LOWEST_SCALE, HIGHEST_SCALE + 1, dtype=p.w.dtype, device=p.w.device)
+    every = constant(_EVERY_SCALE, p.w.dtype, p.w.device)
     for chunk in p.chunks(every):
         sc = chunk[:, None, None].expand(-1, *p.sum_w.shape)
         found = best_of((p.residual(sc * d, None, -zero, zero - 1), sc))

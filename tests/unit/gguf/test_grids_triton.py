@@ -1,0 +1,156 @@
+"""The kernels of the fits against the PyTorch code. Without a GPU Triton interprets them, slowly: few rows and groups.
+
+Sums may differ in their last bits, so that of two equally good candidates another may win somewhere in a search: most
+rows must have the same error, and all of them together nearly so. Where nothing follows a choice, all rows must.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from d2qconv_gguf.grids import GRIDS, affine_search, symmetric_search
+from d2qconv_gguf.grids.problem import Problem, has_kernels
+
+N = 37
+
+
+def test_the_cpu_has_no_kernels():
+    assert not has_kernels(torch.zeros(1, 1))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("name", GRIDS)
+def test_kernels_fit_as_well_as_the_definition(name):
+    """In a process of its own, since Triton decides at import whether it interprets."""
+    done = subprocess.run(
+        [sys.executable, __file__, name],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def make(columns, group, seed=0):
+    """Rows of many kinds, and importance with one group nobody asks for."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(N, columns, generator=generator) * 0.02
+    w[3] = 0
+    w[4] *= 1e-6
+    w[5] *= 1e6
+    w[6] = w[6].abs()
+    w[7, 1:] = 0
+    importance = torch.randn(columns, generator=generator).exp()
+    if columns > group:
+        importance[-group:] = 0
+    return w, importance
+
+
+def compare(p, mine, plain, zero, levels, *, is_strict=False):
+    """True errors of two results, params of one block each; raises AssertionError."""
+    errors = []
+    for params in (mine, plain):
+        d = params["d"][:, 0].float() / p.scale
+        step = d.expand(p.n_groups, -1)
+        if "sc" in params:
+            step = (params["sc"][:, 0].float() - (0 if "m" in params else 32)).t() * d
+        offset = None
+        if "m" in params:
+            offset = params["m"][:, 0].float().t() * (params["dmin"][:, 0].float() / p.scale)
+            offset = offset[None]
+        error = p.residual(step[None], offset, -zero, levels - 1 - zero)[0]
+        errors.append((error * p.share).sum(0).double())
+    mine_error, plain_error = errors
+    is_close = (mine_error - plain_error).abs() <= 1e-5 * plain_error
+    assert is_close.all() or not is_strict
+    assert is_close.double().mean() >= 0.9, is_close
+    assert abs(mine_error.sum() / plain_error.sum() - 1) < 1e-2
+    assert {k: (v.dtype, v.shape) for k, v in mine.items()} == {
+        k: (v.dtype, v.shape) for k, v in plain.items()
+    }
+
+
+def compare_affine(name):
+    """Two pairs, two rounds, a part of the starting ranges, three groups' worth of columns at most."""
+    from d2qconv_gguf.grids import affine_triton
+
+    grid = GRIDS[name]
+    shape = replace(grid.search, starts=grid.search.starts[::3])
+    size, groups = grid.group, 64 // grid.group
+    w, importance = make(64, size)
+    p = Problem.make(w, importance, size)
+    found = affine_search.fit_block(p, shape, pairs=2, rounds=3)
+    plain = {
+        "d": p.f16(found.d)[:, None],
+        "dmin": p.f16(found.dmin)[:, None],
+        "sc": found.sc.t()[:, None].to(torch.uint8),
+        "m": found.m.t()[:, None].to(torch.uint8),
+    }
+    mine = affine_triton._fit_rows(w, importance, shape, size, pairs=2, rounds=3)
+    compare(p, mine, plain, 0, grid.levels)
+
+    group = groups - 1
+    moved = w[:, -size:] + torch.randn(N, size, generator=torch.Generator().manual_seed(1)) * 0.005
+    weights = importance[:size]
+    p = Problem.make(moved, weights, size)
+    results = [
+        affine_triton.refit(plain, group, moved, weights, grid.search),
+        grid.refit(plain, group, moved, weights),
+    ]
+    for result in results:
+        assert torch.equal(result["sc"][:, :, :group], plain["sc"][:, :, :group])
+        assert torch.equal(result["d"], plain["d"])
+    only = [{k: v[:, :, group:] if k in ("sc", "m") else v for k, v in r.items()} for r in results]
+    compare(p, *only, 0, grid.levels)
+
+
+def compare_q3_k():
+    """Four groups' worth of columns."""
+    from d2qconv_gguf.grids import symmetric_triton
+
+    grid = GRIDS["q3_k"]
+    w, importance = make(64, 16)
+    p = Problem.make(w, importance, 16)
+    found = symmetric_search.fit_block(p, grid.search)
+    plain = {"d": p.f16(found.d)[:, None], "sc": (found.sc.t()[:, None] + 32).to(torch.uint8)}
+    mine = symmetric_triton._fit_rows(w, importance, grid.search, 16)
+    compare(p, mine, plain, grid.zero, grid.levels)
+
+    moved, weights = w[:, 16:32] * 1.1, importance[16:32]
+    p = Problem.make(moved, weights, 16)
+    results = [
+        symmetric_triton.refit(plain, 1, moved, weights, grid.zero),
+        grid.refit(plain, 1, moved, weights),
+    ]
+    assert torch.equal(results[0]["sc"][:, :, 2:], plain["sc"][:, :, 2:])
+    only = [{"d": r["d"], "sc": r["sc"][:, :, 1:2]} for r in results]
+    compare(p, *only, grid.zero, grid.levels, is_strict=True)
+
+
+def compare_single(name):
+    """Whole blocks; with columns side by side, too."""
+    from d2qconv_gguf.grids import symmetric_triton
+
+    grid = GRIDS[name]
+    w, importance = make(32, 32)
+    plain = grid.fit(w, importance)
+    p = Problem.make(w, importance, 32)
+    for layout in (w, w.t().contiguous().t()):
+        mine = symmetric_triton.fit_single(layout, importance, grid.search)
+        compare(p, mine, plain, grid.zero, grid.levels, is_strict=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("q2_k", "q4_k"):
+        compare_affine(sys.argv[1])
+    elif sys.argv[1] == "q3_k":
+        compare_q3_k()
+    else:
+        compare_single(sys.argv[1])

@@ -12,14 +12,14 @@ apart until one underflows in f16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from d2qconv.errors import Refusal
-from d2qconv.grids.base import Exactness, Grid, Params
+from d2qconv.grids.base import Exactness, Grid, Lattice, Params
 from d2qconv.ir.coded import Coded
 
 #: Name of the column scales among the params, f32[1, n_blocks, block].
@@ -32,9 +32,14 @@ LIMIT = 8.0
 
 @dataclass(frozen=True)
 class ColumnScaled:
-    """`inner` with a learned scale per input column."""
+    """`inner` with a learned scale per input column.
+
+    reduce: where rows are shared out over several processes, makes a sum over this one's rows the sum over all rows,
+    the same on every process; None where all rows are here. `fit` alone calls it.
+    """
 
     inner: Grid
+    reduce: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:
@@ -66,25 +71,37 @@ class ColumnScaled:
         """As inner: the scales end up in another matrix's rows."""
         return self.inner.bits_per_weight
 
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """As inner."""
+        return self.inner.scales
+
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """As inner."""
         return self.inner.accepts(shape)
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:
         """See the module. w: f32[n_out, block]; importance: f32[block]."""
-        best: Params | None = None
-        best_loss = torch.inf
+        best: dict[str, Tensor] = {}
+        best_loss = torch.full((), torch.inf, device=w.device)
         c = torch.ones_like(importance)
         for round_number in range(N_ROUNDS + 1):
             params = {**self.inner.fit(w / c, importance * c.square()), SCALE: c[None, None, :]}
             q = self.inner.decode(self.inner.encode(w / c, params, 0), params, 0)
-            loss = float(((w - q * c).square().sum(0) * importance).sum())
-            if best is None or loss < best_loss:
-                best, best_loss = params, loss
+            loss = (self._over_rows((w - q * c).square().sum(0)) * importance).sum()
+            # The choice is made on the device: nothing waits for it.
+            is_better = loss < best_loss
+            best = {name: torch.where(is_better, p, best.get(name, p)) for name, p in params.items()}
+            best_loss = torch.where(is_better, loss, best_loss)
             if round_number < N_ROUNDS:
-                c = _least_squares_scale(w, q, c)
-        assert best is not None, "there is at least one round"
+                c = _least_squares_scale(
+                    self._over_rows((w * q).sum(0)), self._over_rows(q.square().sum(0)), c
+                )
         return best
+
+    def _over_rows(self, sums: Tensor) -> Tensor:
+        """Sums over this process's rows → over all rows."""
+        return sums if self.reduce is None else self.reduce(sums)
 
     def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:
         """Inner refit of the scaled weights; c stays."""
@@ -101,6 +118,13 @@ class ColumnScaled:
         q = self.inner.decode(codes, params, col)
         return q * params[SCALE].reshape(-1)[col : col + q.shape[1]]
 
+    def lattice(self, params: Params, group: int) -> Lattice | None:
+        """The inner lattice with c of these columns."""
+        inner = self.inner.lattice(params, group)
+        first = group * self.group
+        c = params[SCALE][0, 0, first : first + self.group]
+        return None if inner is None else replace(inner, column_scale=c)
+
     def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
         """As inner."""
         scaled, exactness = self.inner.scale_rows(params, scale)
@@ -116,10 +140,11 @@ def split(coded: Coded) -> tuple[Coded, Tensor]:
     return Coded(grid.inner, coded.shape, coded.codes, params), coded.params[SCALE].reshape(-1)
 
 
-def _least_squares_scale(w: Tensor, q: Tensor, c: Tensor) -> Tensor:
-    """argmin_c Σ_i (w_ij − c_j q_ij)², geometric mean 1; columns without any positive fit keep their c."""
-    dot = (w * q).sum(0)
-    norm = q.square().sum(0)
+def _least_squares_scale(dot: Tensor, norm: Tensor, c: Tensor) -> Tensor:
+    """argmin_c Σ_i (w_ij − c_j q_ij)², geometric mean 1; columns without any positive fit keep their c.
+
+    dot: f32[n] = Σ_i w_ij q_ij. norm: f32[n] = Σ_i q_ij². c: f32[n], what they have.
+    """
     is_good = (dot > 0) & (norm > 0)
     fitted = torch.where(is_good, dot / torch.where(norm > 0, norm, torch.ones_like(norm)), c)
     fitted = fitted / fitted.log().mean().exp()

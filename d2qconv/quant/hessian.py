@@ -19,23 +19,26 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
     with rows and columns reversed, and U = R⁻¹. An input that was always zero gets λ alone, so its weights are
     rounded to nearest. If H is not positive definite, λ grows tenfold, at most six times; then RunError.
     """
-    h = gram.double().flip(0, 1)
-    scale = h.diagonal().mean()
+    scale = gram.diagonal().double().mean()
     if not torch.isfinite(scale):
         raise RunError(
             "the activations are not finite: the source's weights are too large for f32 arithmetic",
             where=where,
         )
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    undamped = h.diagonal().clone()
     for attempt in range(7):
-        h.diagonal().copy_(undamped + (damping * 10**attempt) * scale)
+        # Three f64 matrices at a time, at most: of the widest input they are most of what a block needs.
+        h = gram.flip(0, 1).double()
+        h.diagonal().add_(damping * 10**attempt * scale)
         factor, info = torch.linalg.cholesky_ex(h)
+        del h
         if int(info) == 0:
             upper = factor.flip(0, 1)
-            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            del factor
+            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-            return inverse.float()
+            del upper, eye
+            return inverse.float().contiguous()
     raise RunError(
         "the Hessian is not positive definite even with strong damping",
         where=where,
@@ -54,3 +57,13 @@ def toward_source(w: Tensor, miss: Tensor, factor: Tensor, strength: float) -> T
     w: f32[n_out, n_in]; miss: f32[n_out, n_in] = S E[x x̃ᵀ] − w H; factor: U with H⁻¹ = Uᵀ U.
     """
     return torch.addmm(w, miss @ factor.T, factor, alpha=strength)
+
+
+def drift(gram: Tensor, cross: Tensor, factor: Tensor, strength: float) -> Tensor:
+    """P = α · triu(D Uᵀ, 1) U, f32[n, n], with D = E[(x − x̃) x̃ᵀ]: GPTAQ's term (arXiv 2504.02692).
+
+    All in the sweep's order. gram: E x̃x̃ᵀ, cross: E x x̃ᵀ, both f32[n, n]. factor: U with (E x̃x̃ᵀ + λI)⁻¹ = Uᵀ U.
+    strength: α, of which D²Quant's authors take 0.25.
+    """
+    moved = ((cross - gram) @ factor.T).triu_(1)
+    return (moved @ factor).mul_(strength)

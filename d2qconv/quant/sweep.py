@@ -9,12 +9,15 @@
 - a code covers `step` columns; its error e = (w − ŵ) U_bb⁻¹ is taken out of the columns to the right, e U_b,right.
   For step 1 this is the familiar (w − ŵ)/U_jj.
 
-What comes back is codes and parameters in storage precision; their `decode()` is the result, exactly.
-Everything is f32. The weights are kept transposed, so that a column is contiguous.
+Errors are handed on in three ranges: column by column inside a panel (`d2qconv.quant.panel`), panel by panel inside a
+chunk (`d2qconv.quant.chunk`), and beyond that in one product. What comes back is codes and parameters in storage
+precision; their `decode()` is the result, exactly. Everything is f32. The weights are kept transposed, so that a column
+is contiguous.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +25,26 @@ from torch import Tensor
 
 from d2qconv.grids.base import Grid, Params, stack_blocks
 from d2qconv.ir.coded import Coded
+from d2qconv.quant.chunk import Chunk, Rounded, hand_on, round_chunk
+from d2qconv.quant.dsq import ColumnScaled
+from d2qconv.timing import timed
 
 #: Columns whose errors are collected before they are taken out of the rest of the matrix in one product.
 LAZY_COLUMNS = 256
+#: Chunks of a matrix from which on recording one pays.
+MIN_RECORDED = 4
+
+
+@dataclass(frozen=True)
+class Drift:
+    """GPTAQ's term (arXiv 2504.02692): the sweep also adds w_i P_i,right for what the inputs have moved by.
+
+    p: f32[n_in, n_in], strictly upper triangular, in the sweep's order; see `d2qconv.quant.hessian.drift`.
+    source: f32[n_out, n_in], taken instead of the compensated weight w_i; None for GPTAQ as published.
+    """
+
+    p: Tensor
+    source: Tensor | None = None
 
 
 def round_to_nearest(w: Tensor, importance: Tensor, grid: Grid) -> Coded:
@@ -33,13 +53,15 @@ def round_to_nearest(w: Tensor, importance: Tensor, grid: Grid) -> Coded:
     w: f32[n_out, n_in]; importance: f32[n_in], positive (the Hessian's diagonal).
     """
     blocks: list[Params] = []
-    codes: list[Tensor] = []
+    codes = torch.empty(w.shape[0], w.shape[1] // grid.step, dtype=torch.uint8, device=w.device)
     for start in range(0, w.shape[1], grid.block):
         columns = slice(start, start + grid.block)
         params = grid.fit(w[:, columns], importance[columns])
-        codes.append(grid.encode(w[:, columns], params, 0))
+        codes[:, start // grid.step : (start + grid.block) // grid.step] = grid.encode(
+            w[:, columns], params, 0
+        )
         blocks.append(params)
-    return Coded(grid, (w.shape[0], w.shape[1]), torch.cat(codes, dim=1), stack_blocks(blocks))
+    return Coded(grid, (w.shape[0], w.shape[1]), codes, stack_blocks(blocks))
 
 
 def gptq(
@@ -48,67 +70,107 @@ def gptq(
     grid: Grid,
     *,
     is_refit: bool,
+    order: Tensor | None = None,
+    drift: Drift | None = None,
 ) -> Coded:
-    """Round w so that errors are compensated by the columns to their right.
+    """Round w so that errors are compensated by the columns that come after.
 
     w: f32[n_out, n_in], left as it is. factor: U, f32[n_in, n_in] of `inverse_factor`. is_refit: see the module.
+    order: i64[n_in] on the CPU, the columns as the sweep takes them (`d2qconv.quant.order`), in which then factor and
+    drift are given too; None for left to right. The result is in w's own order.
     """
+    n_out, n_in = w.shape
+    source = None if drift is None else drift.source
     sweep = _Sweep(
-        rest=w.T.clone(memory_format=torch.contiguous_format),
-        factor=factor,
+        rest=_taken(w.T, order),
+        factor=factor.contiguous(),
         importance=factor.diagonal().square().reciprocal(),
         grid=grid,
         is_refit=is_refit,
-        codes=torch.empty(w.shape[0], w.shape[1] // grid.step, dtype=torch.uint8, device=w.device),
+        order=order,
+        drift=None if drift is None else drift.p,
+        pull=None if source is None else _taken(source.T, order),
+        codes=torch.empty(n_in // grid.step, n_out, dtype=torch.uint8, device=w.device),
     )
-    n_in = w.shape[1]
-    lazy = max(LAZY_COLUMNS // grid.block, 1) * grid.block
-    blocks: list[Params] = []
-    for start in range(0, n_in, lazy):
-        end = min(start + lazy, n_in)
-        errors = torch.empty(end - start, w.shape[0], device=w.device)
-        for block in range(start, end, grid.block):
-            blocks.append(sweep.block(block, end, errors[block - start :]))
-        sweep.rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return Coded(grid, (w.shape[0], n_in), sweep.codes, stack_blocks(blocks))
+    blocks = sweep.run()
+    codes = sweep.codes
+    if order is not None:
+        codes = torch.empty_like(codes)
+        codes[(order[:: grid.step] // grid.step).to(codes.device)] = sweep.codes
+    return Coded(grid, (n_out, n_in), codes.T.contiguous(), stack_blocks(blocks))
+
+
+def _taken(columns: Tensor, order: Tensor | None) -> Tensor:
+    """Rows of `columns` in that order, in memory of their own."""
+    if order is None:
+        return columns.clone(memory_format=torch.contiguous_format)
+    return columns[order.to(columns.device)].contiguous()
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """The state of one sweep. rest: f32[n_in, n_out], the weights with all errors so far taken out of them."""
+    """The state of one sweep.
+
+    rest: f32[n_in, n_out], the weights with all errors so far taken out of them. All but the parameters that `run`
+    returns is in the sweep's order.
+    """
 
     rest: Tensor
     factor: Tensor
     importance: Tensor
     grid: Grid
     is_refit: bool
+    order: Tensor | None
+    drift: Tensor | None
+    pull: Tensor | None
     codes: Tensor
 
-    def block(self, start: int, end: int, errors: Tensor) -> Params:
-        """Round the block at column `start`, correcting columns up to `end`; fills errors f32[block.., n_out]."""
-        grid, rest = self.grid, self.rest
-        stop = start + grid.block
-        params = grid.fit(rest[start:stop].T, self.importance[start:stop])
-        for group in range(grid.block // grid.group):
-            first = start + group * grid.group
-            last = first + grid.group
-            if self.is_refit:
-                params = grid.refit(params, group, rest[first:last].T, self.importance[first:last])
-            for column in range(first, last, grid.step):
-                self._column(column, start, end, params, errors)
-        return params
+    def run(self) -> Sequence[Params]:
+        """All blocks; returns their parameters in the grid's order."""
+        n_in, n_out = self.rest.shape
+        width, step = self.grid.block, self.grid.step
+        lazy = min(max(LAZY_COLUMNS // width, 1) * width, n_in)
+        blocks: dict[int, Params] = {}
+        errors = torch.empty(lazy, n_out, device=self.rest.device)
+        for start in range(0, n_in, lazy):
+            done, later = slice(start, min(start + lazy, n_in)), slice(min(start + lazy, n_in), n_in)
+            into = Rounded(
+                self.codes[done.start // step : done.stop // step], errors[: done.stop - done.start]
+            )
+            params = round_fast(
+                self._chunk(done), self.grid, into, is_refit=self.is_refit, n_chunks=n_in // lazy
+            )
+            numbers = range(start, done.stop, width)
+            for position, block in zip(numbers, params, strict=True):
+                column = position if self.order is None else int(self.order[position])
+                blocks[column // width] = block
+            with timed("sweep"):
+                drift = None if self.drift is None else self.drift[done, later]
+                pull = None if drift is None else (self.rest if self.pull is None else self.pull)[done]
+                hand_on(self.rest[later], self.factor[done, later], into.errors, drift, pull)
+        return [blocks[number] for number in range(len(blocks))]
 
-    def _column(self, column: int, start: int, end: int, params: Params, errors: Tensor) -> None:
-        grid, rest = self.grid, self.rest
-        after = column + grid.step
-        w = rest[column:after]
-        code = grid.encode(w.T, params, column - start)
-        self.codes[:, column // grid.step : after // grid.step] = code
-        difference = w - grid.decode(code, params, column - start).T
-        local = self.factor[column:after, column:after]
-        if grid.step == 1:
-            error = difference / local
-        else:
-            error = torch.linalg.solve_triangular(local.T, difference, upper=False)
-        errors[column - start : after - start] = error
-        rest[after:end].addmm_(self.factor[column:after, after:end].T, error, alpha=-1)
+    def _chunk(self, done: slice) -> Chunk:
+        return Chunk(
+            rest=self.rest[done],
+            factor=self.factor[done, done],
+            importance=self.importance[done],
+            places=None if self.order is None else self.order[done],
+            drift=None if self.drift is None else self.drift[done, done],
+            pull=None if self.pull is None else self.pull[done],
+        )
+
+
+def round_fast(chunk: Chunk, grid: Grid, into: Rounded, *, is_refit: bool, n_chunks: int) -> Sequence[Params]:
+    """`round_chunk`, by a recording where there are chunks enough of its shape to pay for one."""
+    is_talking = isinstance(grid, ColumnScaled) and grid.reduce is not None
+    is_plain = chunk.places is None and chunk.drift is None and chunk.given is None and not is_talking
+    if chunk.rest.is_cuda and is_plain and n_chunks >= MIN_RECORDED:
+        from d2qconv.quant.graphs import recorded
+
+        n, n_out = chunk.rest.shape
+        recording = recorded(grid, n, n_out, chunk.rest.device, is_refit=is_refit)  # type: ignore[arg-type] # hashable
+        if recording is not None:
+            with timed("sweep"):
+                return recording(chunk, into)
+    return round_chunk(chunk, grid, into, is_refit=is_refit)

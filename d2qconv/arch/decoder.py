@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from d2qconv.arch.spec import Coupling, Dim, Site
+from d2qconv.arch.spec import Coupling, Dim, Residual, Site
 from d2qconv.names import Role
 
 _ATTN = "model.layers.{i}.self_attn"
@@ -54,10 +54,28 @@ DECODER_COUPLINGS = (
         "is a factor on row j of up_proj and on element j of its bias",
     ),
     Coupling(
+        "scale",
+        Role.O,
+        (Role.V,),
+        "o_proj reads sums of value rows with weights that do not depend on v_proj: a factor on the columns of o_proj "
+        "that read one channel of a value head is a factor on that row of v_proj and on its bias",
+    ),
+    Coupling(
         "shift",
         Role.FFN_NORM,
         (Role.GATE, Role.UP),
         "only gate_proj and up_proj read the norm's output: a constant d added to it adds W d "
         "to the output of each, which is a bias",
     ),
+)
+
+#: x += o(attention(attn_norm(x))); x += down(silu(gate) * up of ffn_norm(x)); logits = head(final_norm(x))
+DECODER_RESIDUAL = Residual(
+    source=Role.EMBED,
+    writers=(Role.O, Role.DOWN),
+    readers={
+        Role.ATTN_NORM: (Role.Q, Role.K, Role.V),
+        Role.FFN_NORM: (Role.GATE, Role.UP),
+        Role.FINAL_NORM: (Role.HEAD,),
+    },
 )

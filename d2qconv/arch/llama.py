@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d2qconv.arch.config_keys import COMMON_KEYS, read
-from d2qconv.arch.decoder import DECODER_COUPLINGS, decoder_sites
+from d2qconv.arch.decoder import DECODER_COUPLINGS, DECODER_RESIDUAL, decoder_sites
 from d2qconv.arch.spec import Architecture
 from d2qconv.names import Role
 
@@ -16,6 +16,7 @@ ARCHITECTURE = Architecture(
         can_have_bias=(Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN),
     ),
     couplings=DECODER_COUPLINGS,
+    residual=DECODER_RESIDUAL,
     config_keys=(*COMMON_KEYS, *read("attention_bias", "mlp_bias")),
     config_defaults={"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
 )

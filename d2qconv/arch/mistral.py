@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d2qconv.arch.config_keys import COMMON_KEYS, must_be, read
-from d2qconv.arch.decoder import DECODER_COUPLINGS, decoder_sites
+from d2qconv.arch.decoder import DECODER_COUPLINGS, DECODER_RESIDUAL, decoder_sites
 from d2qconv.arch.spec import Architecture
 
 ARCHITECTURE = Architecture(
@@ -12,6 +12,7 @@ ARCHITECTURE = Architecture(
     class_names=("MistralForCausalLM",),
     sites=decoder_sites(),
     couplings=DECODER_COUPLINGS,
+    residual=DECODER_RESIDUAL,
     config_keys=(
         *COMMON_KEYS,
         *read("sliding_window"),

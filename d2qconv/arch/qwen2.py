@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d2qconv.arch.config_keys import COMMON_KEYS, must_be, read
-from d2qconv.arch.decoder import DECODER_COUPLINGS, decoder_sites
+from d2qconv.arch.decoder import DECODER_COUPLINGS, DECODER_RESIDUAL, decoder_sites
 from d2qconv.arch.spec import Architecture
 from d2qconv.names import Role
 
@@ -13,6 +13,7 @@ ARCHITECTURE = Architecture(
     class_names=("Qwen2ForCausalLM",),
     sites=decoder_sites(can_have_bias=(Role.Q, Role.K, Role.V)),
     couplings=DECODER_COUPLINGS,
+    residual=DECODER_RESIDUAL,
     config_keys=(
         *COMMON_KEYS,
         *read("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d2qconv.arch.config_keys import COMMON_KEYS, must_be, read
-from d2qconv.arch.decoder import DECODER_COUPLINGS, decoder_sites
+from d2qconv.arch.decoder import DECODER_COUPLINGS, DECODER_RESIDUAL, decoder_sites
 from d2qconv.arch.spec import Architecture
 from d2qconv.names import Role
 
@@ -14,6 +14,7 @@ ARCHITECTURE = Architecture(
     # `attention_bias` puts a bias on all four attention matrices; no published Qwen3 has it.
     sites=decoder_sites(can_have_bias=(Role.Q, Role.K, Role.V, Role.O), has_qk_norm=True),
     couplings=DECODER_COUPLINGS,
+    residual=DECODER_RESIDUAL,
     config_keys=(
         *COMMON_KEYS,
         *read("attention_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),

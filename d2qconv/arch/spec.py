@@ -81,6 +81,26 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """Who touches the residual stream, the sum that runs through all blocks.
+
+    source: the rows of this matrix are the stream's first values; a tied head is the same matrix. writers: linears
+    whose outputs are added to the stream. readers: every norm of the stream, and the linears that read its output.
+    A norm scales each position by its root mean square and multiplies by a gain; nothing else reads the stream.
+    """
+
+    source: Role
+    writers: tuple[Role, ...]
+    readers: Mapping[Role, tuple[Role, ...]]
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Every site with a side as wide as the stream."""
+        linears = {role for readers in self.readers.values() for role in readers}
+        return frozenset({self.source, *self.writers, *self.readers, *linears})
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding, the half-split (NEOX) layout of Hugging Face.
 
@@ -126,6 +146,8 @@ class Architecture:
     config_keys: tuple[ConfigKey, ...]
     #: config keys whose defaults differ from the shared ones when they are absent
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    #: None where the stream is not as `Residual` says; such a model cannot be rotated
+    residual: Residual | None = None
 
     def site(self, role: Role) -> Site | None:
         """The site with that role, or None if the architecture has none."""
@@ -146,6 +168,9 @@ class ModelDesc:
     """A checkpoint bound to its architecture: everything that planning and the forward pass need.
 
     tensors: every tensor of the model, lazily; a tied head is absent (`is_tied`). bos/eos: as in the config.
+    rotation: how the residual stream was turned (`hadamard 128, seed 0`), empty if it is the checkpoint's; an
+    exporter that cannot take such a model refuses it. is_untied: the checkpoint's head is tied and the rotation gave
+    it a matrix of its own.
     """
 
     arch: Architecture
@@ -157,8 +182,11 @@ class ModelDesc:
     bos_ids: tuple[int, ...]
     eos_ids: tuple[int, ...]
     tensors: Mapping[TensorId, Dense]
+    rotation: str = ""
+    is_untied: bool = False
 
     @property
     def n_weights(self) -> int:
-        """Number of weights in the checkpoint; a tied head counts once."""
-        return sum(d.n_elements for d in self.tensors.values())
+        """Number of weights in the checkpoint; a tied head counts once, also after a rotation untied it."""
+        untied = TensorId(Role.HEAD) if self.is_untied else None
+        return sum(d.n_elements for tensor, d in self.tensors.items() if tensor != untied)

@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 
 
 class Carrier(StrEnum):
-    """How a package carries DAC's mean shift."""
+    """How a package carries DAC's mean shift.
+
+    BIASES is more than that: every linear that may have a bias gets one that makes its mean output the source's, and
+    is quantized for the deviation from the mean alone.
+    """
 
     BIAS = "bias"
+    BIASES = "biases"
     RANK1 = "rank1"
     NONE = "none"
 

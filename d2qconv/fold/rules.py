@@ -6,7 +6,7 @@ an architecture, `apply` does it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ class ScaleIntoRows:
     The gated FFN computes down(silu(gate h) ⊙ (up h)). A scale c_j on column j of down multiplies element j of its
     input, which is linear in row j of up and in up's bias:
     Σ_j D_ij c_j silu(g_j)(u_j·h + b_j) = Σ_j D_ij silu(g_j)((c_j u_j)·h + c_j b_j).
-    The gate cannot take it: silu is not homogeneous. Codes stay; a row's steps are multiplied by c_j and rounded to
-    storage precision, which is the fold's whole error. An existing shift must be folded before (it becomes a bias).
+    The gate cannot take it: silu is not homogeneous. In the same way o reads Σ_t a_t (V h_t + b), linear in the rows of
+    V; there c has one entry per row of V, and columns of o that read one row have one scale.
+    Codes stay; a row's steps are multiplied by c_j and rounded to storage precision, which is the fold's whole error.
+    An existing shift must be folded before (it becomes a bias).
     """
 
     def check(self, arch: Architecture, source: Role) -> list[Refusal]:
@@ -58,6 +60,33 @@ class ScaleIntoRows:
         carrier = " and ".join(f"rows of {role}" for role in coupling.absorbs)
         return block, FoldRecord(
             "column_scale", index, carrier, worst, "largest relative rounding of a row's step"
+        )
+
+
+@dataclass(frozen=True)
+class ScaleIntoGain:
+    """Column scales of all matrices that read one norm, into that norm's gain.
+
+    (Q diag(c)) h = Q (c ⊙ h), and h = x / rms(x) ⊙ g, so the gain c ⊙ g gives it. All readers must have the same c.
+    A gain is stored in f32: rounded once. A shift of h must be given times c before (`ShiftIntoBiases`).
+    """
+
+    def check(self, arch: Architecture, source: Role) -> list[Refusal]:
+        """Why this architecture cannot take column scales behind the norm `source`."""
+        if arch.residual is None or source not in arch.residual.readers:
+            return [Refusal(arch.id, f"{source} has no gain that could take a column scale")]
+        return []
+
+    def apply(
+        self, arch: Architecture, index: int, block: QuantizedBlock, scale: ColumnScale
+    ) -> tuple[QuantizedBlock, FoldRecord]:
+        """Multiply c into the gain."""
+        assert not self.check(arch, scale.source), "check() comes first"
+        before = block.norms[scale.source]
+        block = replace(block, norms={**block.norms, scale.source: before * scale.c})
+        worst = float(torch.finfo(before.dtype).eps) / 2
+        return block, FoldRecord(
+            "column_scale", index, f"gain of {scale.source}", worst, "largest relative rounding of a gain"
         )
 
 

@@ -48,7 +48,13 @@ def keys(path: Path, layout: Layout, ours: Sequence[KV]) -> list[KV]:
 
 
 def refusals(path: Path, model: ModelDesc, layout: Layout) -> list[Refusal]:
-    """Why that base is not this model's; reads all weights of both, tensor by tensor."""
+    """Why that base is not this model's; reads all weights of both, tensor by tensor.
+
+    A rotated model is refused unread: its weights are not those of a file made from the checkpoint.
+    """
+    if model.rotation:
+        why = "its weights are compared with the checkpoint's, and a rotation changes nearly all of them"
+        return [Refusal("base-gguf with a rotation", why, "leave out --base-gguf or the rotation")]
     try:
         file = _open(path)
         base_layout = LAYOUTS.get(file.architecture)

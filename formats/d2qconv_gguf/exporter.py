@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from d2qconv_gguf.metadata import (
 )
 from d2qconv_gguf.names import (
     LAYOUTS,
+    MODULES,
     NO_CARRIER,
     RELABEL_NOTE,
     ROPE_FREQS,
@@ -84,7 +85,7 @@ class GgufExporter:
             refusals.append(Refusal(f"carrier {chosen}", why, f"use {' or '.join(ways)}"))
             chosen = next(iter(ways))
         layout = ways[chosen]
-        shapes = _shapes(model, chosen)
+        shapes = _shapes(model, chosen, layout)
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
@@ -105,7 +106,7 @@ class GgufExporter:
             loads_in=LOADS_IN,
             n_extra_bytes=sum(e.n_bytes for e in _rope_entry(model)),
             refusals=tuple(refusals),
-            warnings=_warnings(model, layout),
+            warnings=_warnings(model, layout, tensors),
         )
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
@@ -195,15 +196,19 @@ def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusa
     return Refusal(place, why, todo)
 
 
-def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...]]:
-    """Every tensor of the file: those of the checkpoint, and the biases that will carry the mean shift."""
+def _shapes(model: ModelDesc, carrier: Carrier, layout: Layout) -> dict[TensorId, tuple[int, ...]]:
+    """Every tensor of the file: those of the checkpoint, and the biases that will carry means."""
     shapes = {tensor: dense.shape for tensor, dense in model.tensors.items()}
     coupling = model.arch.coupling("shift", Role.FFN_NORM)
+    roles: Collection[Role] = ()
     if carrier is Carrier.BIAS and coupling is not None:
-        for block in range(model.dims.n_layers):
-            for role in coupling.absorbs:
-                n_out = shapes[TensorId(role, block)][0]
-                shapes.setdefault(TensorId(role, block, Part.BIAS), (n_out,))
+        roles = coupling.absorbs
+    elif carrier is Carrier.BIASES:
+        roles = layout.biases
+    for block in range(model.dims.n_layers):
+        for role in roles:
+            n_out = shapes[TensorId(role, block)][0]
+            shapes.setdefault(TensorId(role, block, Part.BIAS), (n_out,))
     return shapes
 
 
@@ -221,6 +226,8 @@ def _file_order(shapes: Mapping[TensorId, tuple[int, ...]]) -> list[TensorId]:
 def _carrier_note(model: ModelDesc, layout: Layout, carrier: Carrier) -> str:
     notes = {
         Carrier.BIAS: "ffn_gate.bias and ffn_up.bias, exact",
+        Carrier.BIASES: "a bias of every linear that may have one: "
+        + ", ".join(f"{MODULES[role]}" for role in Role if role in layout.biases),
         Carrier.RANK1: "rank-1 change of ffn_gate and ffn_up before quantization, no extra tensor",
         Carrier.NONE: "not carried",
     }
@@ -233,8 +240,16 @@ def _is_relabelled(model: ModelDesc, layout: Layout) -> bool:
     return model.arch.id in LAYOUTS and model.arch.id != layout.name
 
 
-def _warnings(model: ModelDesc, layout: Layout) -> tuple[str, ...]:
-    return (f"{model.arch.id} is {RELABEL_NOTE}",) if _is_relabelled(model, layout) else ()
+def _warnings(model: ModelDesc, layout: Layout, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    found = [f"{model.arch.id} is {RELABEL_NOTE}"] if _is_relabelled(model, layout) else []
+    if model.is_untied:
+        found += [
+            f"the rotation unties the head: {t.stored_as} takes {t.n_bytes:,} bytes ({t.type_name}) that the "
+            "checkpoint's tied head does not take"
+            for t in tensors
+            if t.id == TensorId(Role.HEAD)
+        ]
+    return tuple(found)
 
 
 def _rope_entry(desc: ModelDesc) -> list[writer.Entry]:

@@ -76,10 +76,10 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (LLAMA, QWEN2
 #: our architecture -> how each way to carry the mean shift is written, the best way first.
 #: qwen2's own loader takes no FFN bias; the llama graph computes the same function once q and k are permuted.
 WAYS: Mapping[str, Mapping[Carrier, Layout]] = {
-    "llama": {Carrier.BIAS: LLAMA, Carrier.RANK1: LLAMA, Carrier.NONE: LLAMA},
-    "mistral": {Carrier.BIAS: LLAMA, Carrier.RANK1: LLAMA, Carrier.NONE: LLAMA},
-    "qwen2": {Carrier.BIAS: LLAMA, Carrier.RANK1: QWEN2, Carrier.NONE: QWEN2},
-    "qwen3": {Carrier.RANK1: QWEN3, Carrier.NONE: QWEN3},
+    "llama": {Carrier.BIAS: LLAMA, Carrier.RANK1: LLAMA, Carrier.BIASES: LLAMA, Carrier.NONE: LLAMA},
+    "mistral": {Carrier.BIAS: LLAMA, Carrier.RANK1: LLAMA, Carrier.BIASES: LLAMA, Carrier.NONE: LLAMA},
+    "qwen2": {Carrier.BIAS: LLAMA, Carrier.RANK1: QWEN2, Carrier.BIASES: LLAMA, Carrier.NONE: QWEN2},
+    "qwen3": {Carrier.RANK1: QWEN3, Carrier.BIASES: QWEN3, Carrier.NONE: QWEN3},
 }
 
 #: why a carrier is missing in WAYS

@@ -3,18 +3,20 @@
 ::
 
     work/manifest.json        version, fingerprint, SHA-256 of every part in the order of writing
-    work/<part>.safetensors
+    work/<part>.safetensors   codes as bits (see `packing`), params and float tensors as they are
     work/tokens.safetensors   sampled calibration tokens, see `workdir.write_tokens`
     work/lock                 empty; flock'ed by the run that uses the directory
 
 A part is written beside its name and synced, then entered into the manifest, then renamed. So a file that the
 manifest does not name is not ours and is never removed, and a part counts only if its file is there and has the
 manifest's SHA-256. A directory whose fingerprint differs is emptied of our files, never mixed with.
+
+A part may hold changes: other params, or other values of float tensors, for tensors of parts before it. Their codes
+stay where they are. Changes count, all of them, as soon as their part does.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -25,7 +27,6 @@ from typing import TypeVar
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from d2qconv.checkpoint.dense import Dense
@@ -33,6 +34,8 @@ from d2qconv.errors import RunError
 from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded, Held
 from d2qconv.ir.model import Stored
+from d2qconv.ir.packing import code_bits, pack_codes, unpack_codes
+from d2qconv.ir.part_file import write_part
 from d2qconv.ir.workdir import (
     BESIDE,
     MANIFEST,
@@ -46,21 +49,24 @@ from d2qconv.ir.workdir import (
     sha256_of,
     unusable,
     write_atomic,
-    write_synced,
 )
 from d2qconv.names import TensorId
 
-VERSION = 1
+VERSION = 2
 
 Notes = TypeVar("Notes")
 
 
 class _Layout(msgspec.Struct, frozen=True):
-    """How one tensor lies in its part. grid is "" for a float tensor."""
+    """How one tensor lies in its part. grid: "" for a float tensor.
+
+    changes: the part whose tensor of this name this one replaces, "" if it replaces none. Codes stay in that part.
+    """
 
     grid: str
     shape: tuple[int, ...]
     params: tuple[str, ...] = ()
+    changes: str = ""
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -127,28 +133,48 @@ class Store:
         return tuple(self._manifest.parts)
 
     def write(self, part: str, tensors: Mapping[TensorId, Held], notes: object) -> None:
-        """Add a finished part. notes: anything that msgspec can encode. Raises RunError if the disk refuses."""
+        """Add a finished part, or put another in its place; not one that changes refer to.
+
+        tensors: on any device; codes are packed there. notes: anything that msgspec can encode. Raises RunError if
+        the disk refuses.
+        """
+        self._write(part, tensors, dict.fromkeys(tensors, ""), notes)
+
+    def write_changed(self, part: str, changed: Mapping[TensorId, Held], notes: object) -> None:
+        """Add a finished part with new params or float values of tensors that other parts hold.
+
+        Codes, grids and shapes must be those of the stored tensors; raises RunError if they are not (the codes are
+        read back and compared, on the device of those given) or if the disk refuses.
+        """
+        origin = {t: p for p in self.parts() for t in self.tensor_ids(p) if not self._layout(p, t).changes}
+        for tensor_id, held in changed.items():
+            self._require_same_codes(origin[tensor_id], tensor_id, held)
+        self._write(part, changed, {tensor_id: origin[tensor_id] for tensor_id in changed}, notes)
+
+    def _write(
+        self, part: str, tensors: Mapping[TensorId, Held], changes: Mapping[TensorId, str], notes: object
+    ) -> None:
+        """changes: per tensor, the part whose tensor it replaces; see `_Layout`."""
         assert self._is_open, "the store is closed"
         assert self._file(part).name not in (TOKENS, PENDING), "this name is taken"
+        assert part not in {*self._changed_parts(), *changes.values()}, "a part holds changes of this one"
         flat: dict[str, Tensor] = {}
         layouts: dict[str, _Layout] = {}
         for tensor_id, held in tensors.items():
-            name = str(tensor_id)
+            name, of = str(tensor_id), changes[tensor_id]
             if isinstance(held, Coded):
-                flat[f"{name}:codes"] = held.codes.contiguous().cpu()
-                for param, value in held.params.items():
-                    flat[f"{name}:{param}"] = value.contiguous().cpu()
-                layouts[name] = _Layout(held.grid.id, held.shape, tuple(held.params))
+                if not of:
+                    flat[f"{name}:codes"] = pack_codes(held.codes, code_bits(held.grid.levels))
+                flat |= {f"{name}:{param}": value for param, value in held.params.items()}
+                layouts[name] = _Layout(held.grid.id, held.shape, tuple(held.params), of)
             else:
-                flat[f"{name}:values"] = held.contiguous().cpu()
-                layouts[name] = _Layout("", tuple(held.shape))
-        data = save(flat)
-        entry = _Part(hashlib.sha256(data).hexdigest(), layouts, msgspec.Raw(msgspec.json.encode(notes)))
-        parts = {name: old for name, old in self._manifest.parts.items() if name != part}
-        manifest = _Manifest(VERSION, self._manifest.fingerprint, {**parts, part: entry})
-        pending = self._folder / PENDING
+                flat[f"{name}:values"] = held
+                layouts[name] = _Layout("", tuple(held.shape), (), of)
+        pending, encoded = self._folder / PENDING, msgspec.Raw(msgspec.json.encode(notes))
         try:
-            write_synced(pending, data)
+            entry = _Part(write_part(pending, flat), layouts, encoded)
+            parts = {name: old for name, old in self._manifest.parts.items() if name != part}
+            manifest = _Manifest(VERSION, self._manifest.fingerprint, {**parts, part: entry})
             self._write_manifest(manifest)
             pending.replace(self._file(part))
         except OSError as error:
@@ -161,6 +187,23 @@ class Store:
             ) from error
         self._manifest = manifest
 
+    def _require_same_codes(self, part: str, tensor_id: TensorId, held: Held) -> None:
+        """Raise RunError if `held` is not the stored tensor up to params and float values."""
+        layout = self._layout(part, tensor_id)
+        is_same = (held.grid.id if isinstance(held, Coded) else "", tuple(held.shape)) == (
+            layout.grid,
+            layout.shape,
+        )
+        if is_same and isinstance(held, Coded):
+            stored = self._read(part, tensor_id, held.codes.device)
+            is_same = isinstance(stored, Coded) and torch.equal(stored.codes, held.codes)
+        if not is_same:
+            raise RunError(
+                f"{tensor_id} has other codes, grid or shape than {part}",
+                where=str(self._folder),
+                todo="this is a fault of d2qconv; please report it",
+            )
+
     def notes(self, part: str, kind: type[Notes]) -> Notes:
         """The notes given with a part, as `kind`; raises RunError if they are something else."""
         try:
@@ -172,28 +215,55 @@ class Store:
         """What a part holds."""
         return map(TensorId.parse, self._manifest.parts[part].tensors)
 
-    def read_tensor(self, part: str, tensor_id: TensorId) -> Held:
-        """One tensor of a part, on the CPU. Raises RunError if the part cannot be read back any more."""
-        name = str(tensor_id)
-        layout = self._manifest.parts[part].tensors[name]
+    def read_tensor(
+        self, part: str, tensor_id: TensorId, device: torch.device | str = "cpu", *, as_written: bool = False
+    ) -> Held:
+        """One tensor of a part, with its latest change, or `as_written` in that part.
+
+        Codes are unpacked on the device. Raises RunError if the part cannot be read back any more.
+        """
+        if not as_written:
+            for later, entry in reversed(self._manifest.parts.items()):
+                layout = entry.tensors.get(str(tensor_id))
+                if layout is not None and layout.changes == part:
+                    return self._read(later, tensor_id, torch.device(device))
+        return self._read(part, tensor_id, torch.device(device))
+
+    def _read(self, part: str, tensor_id: TensorId, device: torch.device) -> Held:
+        """One tensor as this part has it."""
+        layout = self._layout(part, tensor_id)
+        found = self._read_flat(part, tensor_id, layout.params if layout.grid else ("values",))
+        if not layout.grid:
+            return found["values"].to(device)
+        holder = layout.changes or part
+        packed = self._read_flat(holder, tensor_id, ("codes",))["codes"].to(device)
+        grid = self._grids[layout.grid]
+        n_out, n_in = layout.shape
+        codes = unpack_codes(packed, code_bits(grid.levels), (n_out, n_in // grid.step))
+        return Coded(grid, (n_out, n_in), codes, {p: value.to(device) for p, value in found.items()})
+
+    def _read_flat(self, part: str, tensor_id: TensorId, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the arrays of one tensor, on the CPU; raises RunError."""
         path = self._file(part)
         try:
             with safe_open(path, framework="pt") as file:
-                if not layout.grid:
-                    return _tensor(file.get_tensor(f"{name}:values"))
-                params = {p: _tensor(file.get_tensor(f"{name}:{p}")) for p in layout.params}
-                codes = _tensor(file.get_tensor(f"{name}:codes"))
+                return {name: _tensor(file.get_tensor(f"{tensor_id}:{name}")) for name in names}
         except (SafetensorError, OSError) as error:
             raise RunError(
-                f"{name} cannot be read back: {error}",
+                f"{tensor_id} cannot be read back: {error}",
                 where=str(path),
                 todo="the same command makes this part and those after it again",
             ) from error
-        n_out, n_in = layout.shape
-        return Coded(self._grids[layout.grid], (n_out, n_in), codes, params)
+
+    def _layout(self, part: str, tensor_id: TensorId) -> _Layout:
+        return self._manifest.parts[part].tensors[str(tensor_id)]
+
+    def _changed_parts(self) -> set[str]:
+        """Parts that hold tensors which later parts change."""
+        return {t.changes for entry in self._manifest.parts.values() for t in entry.tensors.values()} - {""}
 
     def tensors(self) -> Mapping[TensorId, Stored]:
-        """Every tensor of every part, read each time it is asked for, so that one is in memory at a time."""
+        """Every tensor of every part, changes applied, read each time it is asked for; one is in memory at a time."""
         return _StoredTensors(self)
 
     def delete(self) -> None:

@@ -27,8 +27,10 @@ MANIFEST, LOCK, TOKENS = "manifest.json", "lock", "tokens.safetensors"
 #: A part, while it is written.
 PENDING = "pending.safetensors.part"
 BESIDE = ".part"
+#: Activations on disk, for the moment before the file loses its name; only a kill just then leaves it.
+ACTIVATIONS = "activations.part"
 #: Every file of ours but the parts, in an order in which they may be removed.
-OWN = (PENDING, MANIFEST + BESIDE, MANIFEST, TOKENS + BESIDE, TOKENS, LOCK)
+OWN = (PENDING, ACTIVATIONS, MANIFEST + BESIDE, MANIFEST, TOKENS + BESIDE, TOKENS, LOCK)
 
 #: Name of the entry in the tokens file's metadata.
 TOKENS_MARK = "d2qconv.tokens"
@@ -108,7 +110,7 @@ def is_own(path: Path) -> bool:
             return _tokens_mark(path) is not None
         except SafetensorError:
             return True
-    return path.name in OWN
+    return path.name in OWN or path.name.startswith(ACTIVATIONS)
 
 
 def enter(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
-from d2qconv_gguf.container import GgufFile, read
+from d2qconv.threads import each
+from d2qconv_gguf.container import GgufFile, StoredTensor, read
 from d2qconv_gguf.metadata import METADATA_SHA256, metadata_digest
 from d2qconv_gguf.reader import layout_of, model_of
 from d2qconv_gguf.runtime import LlamaCpp, is_installed
@@ -105,11 +107,8 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
             todo="only files that d2qconv wrote can be verified",
         )
     digests = dict(zip(names, recorded, strict=True))
-    wrong = []
-    for n, (name, stored) in enumerate(file.tensors.items()):
-        progress(n, len(file.tensors), f"decode {name}")
-        if digests.get(name) != stored.digest():
-            wrong.append(name)
+    found = _decoded_digests(file, progress)
+    wrong = [name for name in file.tensors if digests.get(name) != found[name]]
     wrong += sorted(set(digests) - set(file.tensors))
     n_weights = sum(int(np.prod(t.shape)) for t in file.tensors.values())
     good = f"{len(digests)} tensors, {n_weights:,} values, bit for bit equal when decoded by gguf-py"
@@ -118,6 +117,19 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
         f"{len(wrong)} of {len(digests)} tensors differ from their record: {', '.join(wrong[:_SHOWN])}{more}"
     )
     return Check("decoded values", bad if wrong else good, not wrong)
+
+
+def _decoded_digests(file: GgufFile, progress: Progress) -> dict[str, str]:
+    """Digest of every tensor as gguf-py decodes it; tensors in threads, each in pieces, largest first."""
+    tensors = sorted(file.tensors.values(), key=lambda t: -t.n_bytes)
+    found: dict[str, str] = {}
+    # Pieces are small: as many tensors as there are threads fit into any memory.
+    done = each(tensors, StoredTensor.digest, cost=lambda _: 0, budget=0, in_order=False)
+    with closing(done):
+        for number, digest in done:
+            progress(len(found), len(tensors), f"decode {tensors[number].name}")
+            found[tensors[number].name] = digest
+    return found
 
 
 def _metadata_check(file: GgufFile) -> Check:

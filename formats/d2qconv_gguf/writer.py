@@ -1,14 +1,17 @@
-"""Streams a GGUF: two passes over the tensors, one tensor in memory at a time.
+"""Streams a GGUF: two passes over the tensors, several of them at a time in threads, with a bound on their memory.
 
 The first pass decodes every tensor to f32 in the file's own row order and takes its SHA-256; the digests go into the
-metadata, which stands before the data. The second pass writes. Container layout: ggml's `docs/gguf.md`, by `gguf-py`.
+metadata, which stands before the data. The second pass packs, and writes in the order of the file. Container layout:
+ggml's `docs/gguf.md`, by `gguf-py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +23,30 @@ from d2qconv.errors import ExportError
 from d2qconv.export.base import FloatType, Progress, TargetPlan, TensorPlan
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import QuantizedModel, Stored
+from d2qconv.threads import each
 from d2qconv_gguf.codecs import CODECS
 from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.names import Layout, row_order
 from d2qconv_gguf.types import GGML_TYPES
+
+#: Bytes of tensors in memory at a time, or one tensor.
+BUDGET = 3 << 29
+#: Values that are decoded at a time: in f32 they fit into the processor's cache.
+_PIECE = 1 << 19
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the model, read when it is needed and then checked against its plan."""
+
+    model: QuantizedModel
+    plan: TensorPlan
+
+    def read(self) -> Stored:
+        """The tensor; raises ExportError if it is not what was planned."""
+        stored = self.model.tensors[self.plan.id]
+        _check(self.plan, stored)
+        return stored
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,7 @@ class Entry:
     shape: tuple[int, ...]
     type_name: str
     n_bytes: int
-    stored: Stored
+    stored: Stored | Planned
     order: Tensor | None = None
 
     @property
@@ -46,37 +69,63 @@ class Entry:
         """The storage type as ggml has it."""
         return GGML_TYPES[self.type_name]
 
+    @property
+    def n_values(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is stored as floats, and not as codes."""
+        return self.type_name in tuple(FloatType)
+
     def data(self) -> np.ndarray:
         """The bytes as they stand in the file, u8[n_bytes]."""
-        if isinstance(self.stored, Coded):
-            packed = CODECS[self.type_name].pack(self._coded())
-            return np.ascontiguousarray(packed).reshape(-1)
-        return _raw(self._float())
+        stored = self._read()
+        if isinstance(stored, Coded):
+            return CODECS[self.type_name].pack(stored).reshape(-1)
+        return np.concatenate([_raw(piece) for piece in self._float_pieces(stored)])
 
     def digest(self) -> str:
         """SHA-256 of the decoded values, f32 little endian, row by row in the file's order."""
-        values = self._coded().decode() if isinstance(self.stored, Coded) else self._float().to(torch.float32)
-        return hashlib.sha256(_raw(values).data).hexdigest()
+        stored = self._read()
+        pieces = _decoded(stored) if isinstance(stored, Coded) else self._float_pieces(stored)
+        sha = hashlib.sha256()
+        for piece in pieces:
+            sha.update(_raw(piece.to(torch.float32)).data)
+        return sha.hexdigest()
 
-    def _coded(self) -> Coded:
-        assert isinstance(self.stored, Coded)
-        coded = self.stored.to("cpu")
-        return coded if self.order is None else coded.take_rows(self.order)
+    def _read(self) -> Coded | Tensor:
+        """The tensor on the CPU, rows in the order of the file, floats in the model's dtype."""
+        stored = self.stored.read() if isinstance(self.stored, Planned) else self.stored
+        if isinstance(stored, Coded):
+            coded = stored.to("cpu")
+            return coded if self.order is None else coded.take_rows(self.order)
+        loaded = stored.load().cpu()
+        return loaded if self.order is None else loaded[self.order]
 
-    def _float(self) -> Tensor:
-        """The tensor in its storage dtype; rounded to nearest even where that is narrower than the source."""
-        assert not isinstance(self.stored, Coded)
-        loaded = self.stored.load().cpu()
-        if self.order is not None:
-            loaded = loaded[self.order]
-        stored = loaded.to(FloatType(self.type_name).dtype)
-        if not bool(torch.isfinite(stored).all()):
-            raise ExportError(
-                f"holds values that are not finite in {self.type_name}",
-                where=self.name,
-                todo="choose bf16 or f32 for this tensor, or check the checkpoint",
-            )
-        return stored
+    def _float_pieces(self, loaded: Tensor) -> Iterator[Tensor]:
+        """Values in their order, in the storage dtype; rounded to nearest even where that is narrower."""
+        for piece in torch.split(loaded.reshape(-1), _PIECE):
+            stored = piece.to(FloatType(self.type_name).dtype)
+            if not bool(torch.isfinite(stored).all()):
+                raise ExportError(
+                    f"holds values that are not finite in {self.type_name}",
+                    where=self.name,
+                    todo="choose bf16 or f32 for this tensor, or check the checkpoint",
+                )
+            yield stored
+
+
+def _decoded(coded: Coded) -> Iterator[Tensor]:
+    """The values, f32[rows, n_in] of some rows at a time."""
+    n_out, n_in = coded.shape
+    step = max(1, _PIECE // n_in)
+    for at in range(0, n_out, step):
+        rows = slice(at, at + step)
+        params = {name: p if p.shape[0] == 1 else p[rows] for name, p in coded.params.items()}
+        codes = coded.codes[rows]
+        yield replace(coded, shape=(len(codes), n_in), codes=codes, params=params).decode()
 
 
 def _raw(tensor: Tensor) -> np.ndarray:
@@ -87,7 +136,7 @@ def _raw(tensor: Tensor) -> np.ndarray:
 
 
 def entries(model: QuantizedModel, plan: TargetPlan, layout: Layout) -> list[Entry]:
-    """The file's tensors in the plan's order; raises ExportError where the model is not what was planned."""
+    """The file's tensors in the plan's order, not read yet; raises ExportError where they are not those planned."""
     missing = [str(t.id) for t in plan.tensors if t.id not in model.tensors]
     extra = [str(i) for i in model.tensors if i not in plan.by_id]
     if missing or extra:
@@ -96,11 +145,16 @@ def entries(model: QuantizedModel, plan: TargetPlan, layout: Layout) -> list[Ent
         )
     made = []
     for planned in plan.tensors:
-        stored = model.tensors[planned.id]
-        _check(planned, stored)
         order = row_order(planned.id, layout, model.desc.dims)
         made.append(
-            Entry(planned.stored_as, planned.shape, planned.type_name, planned.n_bytes, stored, order)
+            Entry(
+                planned.stored_as,
+                planned.shape,
+                planned.type_name,
+                planned.n_bytes,
+                Planned(model, planned),
+                order,
+            )
         )
     return made
 
@@ -116,12 +170,27 @@ def _check(planned: TensorPlan, stored: Stored) -> None:
 
 
 def digest_all(made: Sequence[Entry], progress: Progress) -> Mapping[str, str]:
-    """First pass: digest of every tensor's decoded values, by its name in the file."""
-    found = {}
-    for n, entry in enumerate(made):
-        progress(n, 2 * len(made), f"hash {entry.name}")
-        found[entry.name] = entry.digest()
-    return found
+    """First pass: digest of every tensor's decoded values, by its name in the file. Largest tensors first."""
+    jobs = sorted(made, key=lambda entry: -entry.n_values)
+    found: dict[str, str] = {}
+    done = each(jobs, Entry.digest, cost=_digest_cost, budget=BUDGET, in_order=False)
+    with closing(done):
+        for number, digest in done:
+            progress(len(found), 2 * len(made), f"hash {jobs[number].name}")
+            found[jobs[number].name] = digest
+    return {entry.name: found[entry.name] for entry in made}
+
+
+def _digest_cost(entry: Entry) -> int:
+    """Bytes held while a tensor is hashed: its codes, or its values in at most f32; twice where rows are permuted."""
+    once = entry.n_values * (4 if entry.is_float else 1)
+    return once if entry.order is None else 2 * once
+
+
+def _write_cost(entry: Entry) -> int:
+    """Bytes held while a tensor is packed and waits to be written."""
+    pieces = entry.n_bytes if entry.is_float else 0
+    return _digest_cost(entry) + entry.n_bytes + pieces
 
 
 def write_file(
@@ -140,14 +209,16 @@ def write_file(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for n, entry in enumerate(made):
-                progress(len(made) + n, 2 * len(made), f"write {entry.name}")
-                data = entry.data()
-                if data.nbytes != entry.n_bytes:
-                    raise ExportError(
-                        f"packs into {data.nbytes} bytes, planned were {entry.n_bytes}", where=entry.name
-                    )
-                writer.write_tensor_data(data)
+            packed = each(made, Entry.data, cost=_write_cost, budget=BUDGET, in_order=True)
+            with closing(packed):
+                for n, data in packed:
+                    entry = made[n]
+                    progress(len(made) + n, 2 * len(made), f"write {entry.name}")
+                    if data.nbytes != entry.n_bytes:
+                        raise ExportError(
+                            f"packs into {data.nbytes} bytes, planned were {entry.n_bytes}", where=entry.name
+                        )
+                    writer.write_tensor_data(data)
         finally:
             writer.close()
         progress(2 * len(made), 2 * len(made), "written")

@@ -17,6 +17,8 @@ from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded
 
 Bytes = NDArray[np.uint8]
+#: Codes that are packed at a time, so that what is made of them on the way stays in the processor's cache.
+_PIECE = 1 << 19
 
 
 class Codec:
@@ -48,7 +50,12 @@ class Codec:
         n_out, n_in = coded.shape
         codes = _array(coded.codes).astype(np.uint8, copy=False).reshape(-1, self.grid.block)
         params = {name: _blocks(_array(p)) for name, p in coded.params.items()}
-        return self._pack(codes, params).reshape(n_out, self.row_bytes(n_in))
+        packed = np.empty((len(codes), self.block_bytes), dtype=np.uint8)
+        step = _PIECE // self.grid.block
+        for at in range(0, len(codes), step):
+            piece = slice(at, at + step)
+            packed[piece] = self._pack(codes[piece], {name: p[piece] for name, p in params.items()})
+        return packed.reshape(n_out, self.row_bytes(n_in))
 
     def unpack(self, data: Bytes, shape: tuple[int, int]) -> Coded:
         """The matrix `shape` in `data` (u8, n_out · row_bytes of them); inverse of `pack`, on the CPU.

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import FAST, make_desc, nearest, write
+from gguf_models import FAST, make_desc, nearest, quantized, write
 
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError
 from d2qconv.export.base import Carrier, silent
 from d2qconv.ir.coded import Coded
 from d2qconv.names import Part, Role, TensorId
+from d2qconv_gguf import container, writer
+from d2qconv_gguf.codecs import base
+from d2qconv_gguf.exporter import GgufExporter
 from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.names import LLAMA, row_order
 from d2qconv_gguf.types import n_bytes, storage
@@ -77,18 +84,88 @@ def test_a_missing_folder_is_an_export_error(tmp_path):
         write_file(tmp_path / "no" / "x.gguf", "llama", [], [], silent)
 
 
-def test_one_tensor_at_a_time(tmp_path):
-    """No tensor is loaded before the one before it is done with."""
-    events = []
+def test_tensors_are_written_in_order_and_few_are_in_memory(tmp_path, monkeypatch):
+    """With a budget for two, a third is read only when one was hashed or written."""
+    lock, n_held, most, events = threading.Lock(), 0, [], []
 
-    def read(name):
-        events.append(name)
-        return torch.ones(4, 32)
+    def read(n):
+        nonlocal n_held
+        with lock:
+            n_held += 1
+            most.append(n_held)
+        time.sleep(0.002)
+        return torch.full((4, 32), float(n))
 
-    made = [entry(n, Dense((4, 32), torch.float32, lambda n=n: read(n)), "f32") for n in "abc"]
+    def done(what):
+        nonlocal n_held
+        with lock:
+            n_held -= 1
+        events.append(what)
+
+    made = [entry(f"t{n}", Dense((4, 32), torch.float32, lambda n=n: read(n)), "f32") for n in range(9)]
+    monkeypatch.setattr(writer, "BUDGET", 2 * 512)
+    digests = digest_all(made, lambda *step: done(step[2]))
+    assert list(digests) == [e.name for e in made]
+    assert sorted(events) == [f"hash t{n}" for n in range(9)]
+    assert max(most) == 2
+    events.clear()
+    monkeypatch.setattr(writer, "BUDGET", 2 * 3 * 512)
+    write_file(tmp_path / "x.gguf", "llama", [], made, lambda *step: done(step[2]))
+    assert events == [*(f"write t{n}" for n in range(9)), "written"]
+    assert max(most) == 2
+    tensors = gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    assert [float(t.data.min()) for t in tensors] == [float(t.data.max()) for t in tensors] == list(range(9))
+
+
+@pytest.mark.parametrize("kind", ["q3_k", "q8_0", "f16", "bf16", "f32"])
+def test_large_tensors_are_cut_into_pieces_of_the_same_digest_and_bytes(tmp_path, monkeypatch, kind):
+    """Pieces of three rows of seven here; the digest is that of all values at once."""
+    weight = torch.randn(7, 256, generator=torch.Generator().manual_seed(3))
+    stored = nearest(weight, GRIDS[kind]) if kind in GRIDS else Dense.of(weight)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(4))
+    made = [entry("a", stored, kind, order)]
+    whole, digests = made[0].data(), digest_all(made, silent)
+    for module in (writer, container, base):
+        monkeypatch.setattr(module, "_PIECE", 3 * 256)
+    assert np.array_equal(made[0].data(), whole)
+    assert digest_all(made, silent) == digests
+    write_file(tmp_path / "x.gguf", "llama", [], made, silent)
+    (tensor,) = container.read(tmp_path / "x.gguf").tensors.values()
+    seen = gguf.dequantize(tensor.data, tensor.type).astype(np.float32)
+    assert [p.size for p in tensor.pieces()] == [768, 768, 256]
+    assert np.array_equal(tensor.values(), seen)
+    assert tensor.digest() == digests["a"] == hashlib.sha256(seen.tobytes()).hexdigest()
+
+
+def test_tensors_of_a_model_are_read_when_they_are_needed():
+    desc = make_desc("llama")
+    plan = GgufExporter(FAST).plan(desc, Carrier.NONE)
+    model = quantized(desc, plan)
+    reads = Counting(model.tensors)
+    made = writer.entries(replace(model, tensors=reads), plan, LLAMA)
+    assert reads.n == 0
     digest_all(made, silent)
-    write_file(tmp_path / "x.gguf", "llama", [], made, lambda done, total, what: events.append(what))
-    assert events == ["a", "b", "c", "write a", "a", "write b", "b", "write c", "c", "written"]
+    assert reads.n == len(plan.tensors)
+
+
+class Counting(Mapping):
+    """A mapping that counts how often a tensor is asked for."""
+
+    def __init__(self, tensors):
+        self.tensors, self.n = tensors, 0
+
+    def __getitem__(self, key):
+        self.n += 1
+        return self.tensors[key]
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self):
+        return len(self.tensors)
+
+    def __contains__(self, key):
+        return key in self.tensors
 
 
 def test_q_and_its_bias_are_permuted_in_a_llama_file(tmp_path):

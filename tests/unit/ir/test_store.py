@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from d2qconv.errors import RunError
 from d2qconv.ir.coded import Coded
-from d2qconv.ir.store import Store
+from d2qconv.ir.store import VERSION, Store
 from d2qconv.ir.workdir import read_tokens, write_tokens
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.quant.sweep import round_to_nearest
@@ -22,6 +22,9 @@ from d2qconv_gguf.grids import GRIDS
 
 Q, NORM = TensorId(Role.Q, 3), TensorId(Role.ATTN_NORM, 3)
 BIAS = TensorId(Role.GATE, 3, Part.BIAS)
+
+
+BAD_PART = json.dumps({"version": VERSION, "fingerprint": "a", "parts": {"x": 3}})
 
 
 class Notes(msgspec.Struct):
@@ -152,7 +155,7 @@ def test_a_part_that_was_entered_but_not_put_in_place_does_not_count(tmp_path, m
     [
         '{"version": 1',
         '{"name": "my web page"}',
-        '{"version": 1, "fingerprint": "a", "parts": {"../thesis": {}}}',
+        '{"version": 2, "fingerprint": "a", "parts": {"../thesis": {}}}',
         '{"version": 0, "fingerprint": "a", "parts": {"../thesis": {}}}',
     ],
 )
@@ -167,7 +170,7 @@ def test_a_damaged_manifest_is_said(tmp_path, text):
 
 
 def test_a_part_of_the_manifest_that_is_not_one_is_said(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"version": 1, "fingerprint": "a", "parts": {"x": 3}}')
+    (tmp_path / "manifest.json").write_text(BAD_PART)
     with pytest.raises(RunError, match="damaged"):
         open_store(tmp_path)
 
@@ -264,7 +267,7 @@ def test_a_closed_store_is_read_but_not_written(tmp_path):
 def test_a_store_that_could_not_be_opened_holds_no_lock(tmp_path):
     filled(tmp_path)
     manifest = (tmp_path / "manifest.json").read_bytes()
-    (tmp_path / "manifest.json").write_text('{"version": 1, "fingerprint": "a", "parts": {"x": 3}}')
+    (tmp_path / "manifest.json").write_text(BAD_PART)
     with pytest.raises(RunError, match="damaged") as caught:
         open_store(tmp_path)
     (tmp_path / "manifest.json").write_bytes(manifest)

@@ -31,18 +31,22 @@ HELD_OUT_SHARE = 10
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """i64[n, length] each. description: for people; digest: SHA-256 of both arrays, hex."""
+    """i64[n, length] each. description: for people.
+
+    own: sampled from the model for the last pass alone, besides `calibration`; no statistics are taken of them.
+    """
 
     calibration: Tensor
     held_out: Tensor
     description: str
     warnings: tuple[str, ...] = ()
+    own: Tensor | None = None
 
     @property
     def digest(self) -> str:
-        """SHA-256 over both arrays, little-endian i64."""
-        both = torch.cat([self.calibration, self.held_out]).numpy()
-        return hashlib.sha256(both.astype("<i8").tobytes()).hexdigest()
+        """SHA-256 over all arrays, little-endian i64, hex."""
+        arrays = [self.calibration, self.held_out, *([] if self.own is None else [self.own])]
+        return hashlib.sha256(torch.cat(arrays).numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def load_tokens(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from d2qconv.team import Team
+
 
 @dataclass
 class Divergence:
@@ -32,6 +34,18 @@ class Divergence:
         self.nll -= log_q.gather(-1, targets[:, None]).sum().item()
         self.n_same_top += int((source.argmax(-1) == other.argmax(-1)).sum())
         self.n_tokens += len(targets)
+
+    def joined(self, team: Team) -> Divergence:
+        """The comparison over the tokens of all processes, in their order."""
+        parts = team.gather(self)
+        whole = Divergence()
+        for part in parts:
+            whole.kl += part.kl
+            whole.nll_source += part.nll_source
+            whole.nll += part.nll
+            whole.n_same_top += part.n_same_top
+            whole.n_tokens += part.n_tokens
+        return whole
 
     @property
     def mean_kl(self) -> float:

@@ -1,0 +1,111 @@
+"""The command under torchrun, as a user starts it: two processes on the CPU, more processes than sequences, a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from d2qconv.testing.models import make_checkpoint
+
+TOKENIZER = Path(__file__).parent.parent / "data" / "tiny-llama-5m"
+#: Seconds after which a run is taken to hang.
+LIMIT = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small random model, and tokens for it."""
+    folder = tmp_path_factory.mktemp("team") / "model"
+    return make_checkpoint(folder, "llama", vocab=8192, tokenizer=TOKENIZER, layers=2, hidden=256, ffn=256)
+
+
+def start(processes, model, out, sequences=12):
+    """A conversion under torchrun."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "-m", "d2qconv", "to-gguf", str(model), "-o", str(out), "--length", "32", "--device", "cpu", "--json",
+        "--sequences", str(sequences),
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(run):
+    """(exit code, standard output, standard error); all processes are gone then."""
+    try:
+        out, err = run.communicate(timeout=LIMIT)
+    finally:
+        kill(run)
+    return run.returncode, out, err
+
+
+def kill(run):
+    """`kill -9` of torchrun and of all that it started, which are in sessions of their own."""
+    if run.poll() is not None:
+        return
+    started = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for pid in (run.pid, *map(int, started)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    run.communicate()
+
+
+def make(processes, model, out, sequences=12):
+    """The JSON object that one of the processes printed."""
+    code, printed, err = end(start(processes, model, out, sequences))
+    assert code == 0, err
+    return json.loads(printed)
+
+
+def test_two_processes_make_what_one_makes(model, tmp_path):
+    one = make(1, model, tmp_path / "one.gguf")
+    two = make(2, model, tmp_path / "two.gguf")
+    assert one["fingerprint"] == two["fingerprint"]
+    assert [e["tensor"] for e in one["errors"]] == [e["tensor"] for e in two["errors"]]
+    for before, after in zip(one["errors"], two["errors"], strict=True):
+        assert after["output"] == pytest.approx(before["output"], rel=0.1)
+    assert one["n_tokens"] == two["n_tokens"]
+    assert two["perplexity_source"] == pytest.approx(one["perplexity_source"], rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.gguf", "two.gguf"]
+
+
+def test_more_processes_than_sequences(model, tmp_path):
+    made = make(3, model, tmp_path / "m.gguf", sequences=2)
+    assert made["n_tokens"] == 31
+    assert all(check["is_passed"] for check in made["checks"])
+
+
+def test_an_error_ends_all(model, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"mine")
+    code, printed, err = end(start(2, model, tmp_path / "m.gguf"))
+    assert code != 0
+    assert "exists" in printed + err
+    assert (tmp_path / "m.gguf").read_bytes() == b"mine"
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(model, tmp_path):
+    make(2, model, tmp_path / "whole.gguf")
+    run = start(2, model, tmp_path / "killed.gguf")
+    manifest = tmp_path / "killed.gguf.work" / "manifest.json"
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until and run.poll() is None:
+        if manifest.is_file() and "block-0000" in manifest.read_text():
+            break
+        time.sleep(0.01)
+    was_running = run.poll() is None
+    kill(run)
+    assert was_running, "the run ended before it could be killed"
+    assert not (tmp_path / "killed.gguf").exists()
+    make(2, model, tmp_path / "killed.gguf")
+    assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()

@@ -78,6 +78,22 @@ class Block:
 
         With `past`, h is either the start of the sequences or one position each.
         """
+        dims, length = self.desc.dims, h.shape[1]
+        if not len(h):
+            return h.new_empty(0, length, dims.n_heads * dims.head)
+        q, k, v = self._heads(h, 0 if past is None else past.length)
+        if past is not None:
+            k, v = past.append(k, v)
+        is_shared = dims.n_heads != dims.n_kv_heads
+        if is_shared and q.is_cuda and length > 1:
+            # CUDA's kernels for f32 know no shared heads, and without them all scores would be held at once.
+            k, v = (t.repeat_interleave(dims.n_heads // dims.n_kv_heads, dim=1) for t in (k, v))
+            is_shared = False
+        mixed = fn.scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=is_shared)
+        return mixed.transpose(1, 2).reshape(len(h), length, -1)
+
+    def _heads(self, h: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [n_seq, n_heads or n_kv_heads, length, head], of positions start, start + 1, …"""
         dims = self.desc.dims
         n_seq, length, _ = h.shape
         q = self.linear(Role.Q, h).view(n_seq, length, dims.n_heads, dims.head)
@@ -85,16 +101,26 @@ class Block:
         v = self.linear(Role.V, h).view(n_seq, length, dims.n_kv_heads, dims.head)
         if self.desc.arch.has_qk_norm:
             q, k = self.norm(Role.Q_NORM, q), self.norm(Role.K_NORM, k)
-        start = 0 if past is None else past.length
         cos, sin = cos_sin(self.desc.rope, dims.head, range(start, start + length), h.device)
-        q = rotate(q.transpose(1, 2), cos, sin)
-        k, v = rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
-        if past is not None:
-            k, v = past.append(k, v)
-        mixed = fn.scaled_dot_product_attention(
-            q, k, v, is_causal=length > 1, enable_gqa=dims.n_heads != dims.n_kv_heads
-        )
-        return mixed.transpose(1, 2).reshape(n_seq, length, -1)
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
+        return q, k, v.transpose(1, 2)
+
+    def attention_received(self, x: Tensor) -> Tensor:
+        """How much every position counts for those that read it: Σ over heads and readers of the squared attention.
+
+        f32[n_seq, length], mean 1 in every sequence.
+        By it the errors of a position's key and value reach the block's output.
+        """
+        dims = self.desc.dims
+        received = torch.empty(x.shape[:2], device=x.device)
+        for row, one in enumerate(x):
+            q, k, _ = self._heads(self.attention_input(one[None]), 0)
+            k = k.repeat_interleave(dims.n_heads // dims.n_kv_heads, dim=1)
+            scores = (q @ k.transpose(-1, -2))[0] / dims.head**0.5
+            future = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).triu(1)
+            seen = scores.masked_fill(future, -torch.inf).softmax(-1).square().sum((0, 1))
+            received[row] = seen / seen.mean()
+        return received
 
     def attention_input(self, x: Tensor) -> Tensor:
         """What q, k and v read."""
@@ -121,15 +147,27 @@ class Block:
         return self.feed(self.attend(x, past))
 
 
+def read_block(desc: ModelDesc, index: int) -> dict[TensorId, Tensor]:
+    """The tensors of block `index` of the checkpoint, in its dtypes, on the CPU."""
+    ids = [TensorId(site.role, index, part) for site in desc.arch.sites for part in Part]
+    return {tensor: desc.tensors[tensor].load() for tensor in ids if tensor in desc.tensors}
+
+
+def build_block(
+    desc: ModelDesc, index: int, tensors: Mapping[TensorId, Tensor], device: torch.device | str
+) -> Block:
+    """Block `index` from its tensors, in f32."""
+    block = Block(desc, {})
+    for tensor, values in tensors.items():
+        assert tensor.block == index, "a tensor of another block"
+        into = block.weights if tensor.part is Part.WEIGHT else block.biases
+        into[tensor.role] = values.to(device).float()
+    return block
+
+
 def load_block(desc: ModelDesc, index: int, device: torch.device | str) -> Block:
     """Read block `index` of the checkpoint as f32."""
-    block = Block(desc, {})
-    for site in desc.arch.sites:
-        for part, into in ((Part.WEIGHT, block.weights), (Part.BIAS, block.biases)):
-            dense = desc.tensors.get(TensorId(site.role, index, part))
-            if dense is not None:
-                into[site.role] = dense.load().to(device=device, dtype=torch.float32)
-    return block
+    return build_block(desc, index, read_block(desc, index), device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ def attention_factor(rope: Rope) -> float:
     return mscale(rope.factor, 1.0)
 
 
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def cos_sin(rope: Rope, head: int, positions: range, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `positions`, each f32[len(positions), head], the halves repeated."""
+    """Cosines and sines of `positions`, each f32[len(positions), head], the halves repeated. Not to be changed."""
     angles = torch.outer(torch.tensor(positions).float(), inverse_frequencies(rope, head))
     angles = torch.cat([angles, angles], dim=-1)
     factor = attention_factor(rope)

@@ -1,117 +1,282 @@
 """The whole model, from the embedding to the head.
 
-One stream of activations belongs to the calibration sequences and runs through quantized blocks. The held-out
-sequences run twice, through the source's blocks and through the quantized ones; at the end they give the KL
-divergence. All forward arithmetic is f32. Finished blocks live in the store, and are read back from it before they
-are computed with: a resumed run goes through the same bytes.
+One stream of activations belongs to the calibration sequences and runs through quantized blocks, a second one of the
+same sequences through the source's, if the recipe looks at both. The held-out sequences run twice too; at the end they
+give the KL divergence. A block is read while the one before it is quantized, and written while the next one is; the
+embedding and the head are in memory only while something is done with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.tokens import CalibrationTokens
-from d2qconv.decoder.block import Block, Ends, load_block, load_ends, rms_norm
+from d2qconv.decoder.block import Block, Ends, build_block, read_block, rms_norm
 from d2qconv.errors import RunError
 from d2qconv.evaluate.metrics import Divergence
 from d2qconv.export.base import TargetPlan
 from d2qconv.fold.corrections import FoldRecord
+from d2qconv.fold.rules import ShiftIntoWeights
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.ir.coded import Held, decoded
-from d2qconv.ir.store import Store
 from d2qconv.names import Part, Role, TensorId
+from d2qconv.precision import tensor_cores
 from d2qconv.progress import Watch
+from d2qconv.refine.blockwise import refine_block
+from d2qconv.refine.ends import HeldEnds
+from d2qconv.refine.model import refine_model
+from d2qconv.refine.settings import RefineNotes, n_reserved
+from d2qconv.team import Team
+from d2qconv.timing import timed
+from d2qconv.walk.activations import Activations, Placement
 from d2qconv.walk.block import BlockNotes, BlockWalk
+from d2qconv.walk.last_pass import LastPass
 from d2qconv.walk.rounding import Rounder, TensorError, error_of
-from d2qconv.walk.stream import Stream
+from d2qconv.walk.sharing import RowShare, SharedStore, refined_by_leader, same_tensors
+from d2qconv.walk.stream import JUDGED_TOKENS, Stream
 
-#: Parts of the store that stand outside the blocks.
-INPUT, OUTPUT = "input", "output"
+#: Parts of the store that stand outside the blocks; REFINED holds what the last pass changed in all others.
+INPUT, OUTPUT, REFINED = "input", "output", "refined"
 
 
 @dataclass(frozen=True)
 class WalkResult:
-    """What the walk measured. The tensors are in the store."""
+    """What the walk measured. The tensors are in the store.
+
+    divergence: of the finished model; unrefined: before the last pass, None if there was none or it changed nothing.
+    refined: what the last pass over the whole model says; of one block by block the notes are in `blocks`.
+    """
 
     divergence: Divergence
     errors: Sequence[TensorError]
     folds: Sequence[FoldRecord]
+    unrefined: Divergence | None = None
+    refined: RefineNotes | None = None
+    blocks: Sequence[RefineNotes] = ()
 
 
 @dataclass(frozen=True)
 class Walk:
-    """One run over a model."""
+    """One run over a model. Of a team every process makes one, with all the tokens, and takes its share of them."""
 
     desc: ModelDesc
     plan: TargetPlan
     rounder: Rounder
     tokens: CalibrationTokens
-    store: Store
+    store: SharedStore
     device: torch.device
     watch: Watch
+    placement: Placement
+    team: Team = field(default_factory=Team.alone)
+    last_pass: LastPass = field(default_factory=LastPass)
 
     @torch.inference_mode()
     def run(self) -> WalkResult:
         """Quantize every tensor that the store does not hold yet; raises RunError."""
         n_layers = self.desc.dims.n_layers
         self.watch.stage("quantize", n_layers + 1)
-        source_ends = load_ends(self.desc, self.device)
-        ends = load_ends(self.desc, self.device, {Role.EMBED: self._embedding()})
-        held_out = self.tokens.held_out.to(self.device)
-        judged = Stream(ends.embed(held_out), source_ends.embed(held_out))
-        calibration = self.tokens.calibration.to(self.device)
-        is_source_wanted = self.rounder.recipe.asymmetry > 0 and self.rounder.recipe.rounding == "gptq"
-        stream = Stream(ends.embed(calibration), source_ends.embed(calibration) if is_source_wanted else None)
         notes = BlockNotes()
-        for index in range(n_layers):
-            self.watch.step(index, f"block {index}")
-            teacher = load_block(self.desc, index, self.device)
-            block, about = self._block(index, teacher, stream)
-            notes.errors += about.errors
-            notes.folds += about.folds
-            judged.advance(block, teacher)
-            if not bool(torch.isfinite(stream.x).all()):
-                raise RunError("activations are not finite any more", where=f"block {index}")
-        self.watch.step(n_layers, "output")
-        ends = self._output(ends, stream, notes)
-        divergence = _compare(source_ends, ends, judged, held_out)
-        self.watch.step(n_layers + 1, "output")
-        return WalkResult(divergence, notes.errors, notes.folds)
+        refined: list[RefineNotes] = []
+        with tensor_cores(), _Files(self.desc, self.store) as files:
+            files.read_ahead(0)
+            stream, judged = self._streams()
+            for index in range(n_layers):
+                self.watch.step(index, f"block {index}")
+                with timed("read"):
+                    teacher = build_block(self.desc, index, files.take(index), self.device)
+                files.read_ahead(index + 1)
+                block, about = self._block(index, teacher, stream, files)
+                notes.errors += about.errors
+                notes.folds += about.folds
+                refined += [] if about.refined is None else [about.refined]
+                judged.advance(block, teacher)
+                if self.team.total(not stream.x.is_finite()):
+                    raise RunError("activations are not finite any more", where=f"block {index}")
+                del teacher, block
+            self.watch.step(n_layers, "output")
+            files.wait()
+            self._output(stream, notes)
+            divergence = self._compare(judged)
+            self.watch.step(n_layers + 1, "output")
+            result = WalkResult(divergence, notes.errors, notes.folds, blocks=refined)
+            if self.last_pass.scope == "model":
+                result = self._refined(result, stream, judged)
+            stream.close()
+            judged.close()
+        return result
 
-    def _embedding(self) -> Tensor:
+    def _refined(self, result: WalkResult, stream: Stream, judged: Stream) -> WalkResult:
+        """The last pass over the whole model, and the model judged again. The leader's sequences alone are seen."""
+        if REFINED not in self.store.parts():
+            stream.x.close()
+            with timed("refine"):
+                changed, about = self._refine(stream) if self.team.is_leader else ({}, None)
+            self.team.barrier()
+            self.store.write_changed(REFINED, changed, about)
+        about = self.store.notes(REFINED, RefineNotes)
+        if not about.kept:
+            return replace(result, refined=about)
+        with timed("forward"):
+            embedding = self.store.read_tensor(INPUT, TensorId(Role.EMBED), "cpu")
+            ids = self.tokens.held_out[self.team.share(len(self.tokens.held_out))]
+            again = Stream.embedded(ids, embedding, None, self.placement, self.team)
+            for index in range(self.desc.dims.n_layers):
+                again.advance(self._stored_block(f"block-{index:04d}", is_refined=True), _same)
+            divergence = self._compare(Stream(again.x, judged.source, self.team), is_refined=True)
+            again.close()
+        return replace(result, divergence=divergence, unrefined=result.divergence, refined=about)
+
+    def _refine(self, stream: Stream) -> tuple[dict[TensorId, Held], RefineNotes]:
+        """Every tensor that the last pass changed, if it is kept."""
+        steps = self.last_pass.steps
+        self.watch.stage("refine", steps)
+        source = stream.source
+        assert source is not None, "the source runs along where there is a last pass"
+        n_layers, store = self.desc.dims.n_layers, self.store.leaders
+        parts = [f"block-{index:04d}" for index in range(n_layers)]
+        blocks = [
+            _quantized({t: store.read_tensor(part, t, self.device) for t in store.tensor_ids(part)})
+            for part in parts
+        ]
+        embed, head, final = (TensorId(role) for role in (Role.EMBED, Role.HEAD, Role.FINAL_NORM))
+        is_tied = self.desc.is_tied
+        ends = HeldEnds(
+            store.read_tensor(INPUT, embed, self.device),
+            decoded(store.read_tensor(OUTPUT, final, self.device)),
+            None if is_tied else store.read_tensor(OUTPUT, head, self.device),
+        )
+        source_head = self._source(embed if is_tied else head)
+        source_ends = Ends(self.desc, source_head, self._source(final), source_head)
+        ids, n_kept = self._sequences()
+        new, new_ends, about = refine_model(
+            self.desc,
+            blocks,
+            ends,
+            source.rows,
+            source_ends,
+            ids.to(self.device),
+            self.last_pass.settings,
+            self.watch.step,
+            n_kept,
+        )
+        if not about.kept:
+            return {}, about
+        changed: dict[TensorId, Held] = {embed: new_ends.embedding, final: new_ends.final_norm}
+        if new_ends.head is not None:
+            changed[head] = new_ends.head
+        for index, block in enumerate(new):
+            changed |= _tensors(block, index)
+        return changed, about
+
+    def _streams(self) -> tuple[Stream, Stream]:
+        """Calibration and held-out sequences, as far as they are this process's, embedded."""
+        embedding = self._embedding()
+        source = self.desc.tensors[TensorId(Role.EMBED)].load()
+        seen = source if self.rounder.needs_source or self.last_pass.steps else None
+        ids, n_kept = self._sequences()
+        stream = Stream.embedded(ids, embedding, seen, self.placement, self.team)
+        if self.last_pass.steps:
+            stream.n_measured = self._n_calibration - n_kept
+        held_out = self.tokens.held_out[self.team.share(len(self.tokens.held_out))]
+        return stream, Stream.embedded(held_out, embedding, source, self.placement, self.team)
+
+    @property
+    def _n_calibration(self) -> int:
+        """Calibration sequences of this process."""
+        share = self.team.share(len(self.tokens.calibration))
+        return int(share.stop - share.start)
+
+    def _sequences(self) -> tuple[Tensor, int]:
+        """Sequences of this process, and how many at their end the last pass is judged by.
+
+        Those the sweep must not look at either. The model's own stand before them.
+        """
+        ids = self.tokens.calibration[self.team.share(len(self.tokens.calibration))]
+        n_kept = n_reserved(len(ids)) if self.last_pass.steps else 0
+        if self.tokens.own is None or not n_kept:
+            return ids, n_kept
+        own = self.tokens.own[self.team.share(len(self.tokens.own))]
+        return torch.cat([ids[:-n_kept], own, ids[-n_kept:]]), n_kept
+
+    def _embedding(self) -> Held:
         """The embedding as the package will hold it; rounded to nearest, since its input is one-hot."""
         embed = TensorId(Role.EMBED)
         if INPUT not in self.store.parts():
             w = self._source(embed)
-            held = self.rounder(w, self.plan.storage(embed), None, str(embed))
+            rows = RowShare(self.team, len(w))
+            held = rows.gather(self.rounder(w[rows.mine], self.plan.storage(embed), None, str(embed)))
+            del w
             self.store.write(INPUT, {embed: held}, None)
-        return decoded(self._stored(INPUT, embed))
+        return self.store.read_tensor(INPUT, embed, "cpu", as_written=True)
 
-    def _block(self, index: int, teacher: Block, stream: Stream) -> tuple[Block, BlockNotes]:
+    def _block(self, index: int, teacher: Block, stream: Stream, files: _Files) -> tuple[Block, BlockNotes]:
         """A quantized block, ready to compute, and its notes; from the store if it is there. Moves the stream on."""
         part = f"block-{index:04d}"
-        is_new = part not in self.store.parts()
-        if is_new:
-            walk = BlockWalk(index, teacher, self.plan, self.rounder)
-            quantized = walk.quantize(stream)
-            self.store.write(part, _tensors(quantized, index), walk.notes)
+        if part in files.found:
+            block = self._stored_block(part)
+            stream.advance(block, teacher)
+            return block, self.store.notes(part, BlockNotes)
+        is_refined = self.last_pass.scope == "block"
+        start = self.placement.empty(*stream.x.shape) if is_refined else None
+        if start is not None:
+            start.copy_from(stream.x)
+        walk = BlockWalk(index, teacher, self.plan, self.rounder, self.team)
+        quantized = walk.quantize(stream)
+        notes = walk.notes
+        del walk
+        if start is not None:
+            stream.advance_source(teacher.feed)
+            quantized, notes.refined = self._refine_block(quantized, start, stream)
+        floats = {str(role): t for role, t in (*quantized.norms.items(), *quantized.biases.items())}
+        same_tensors(self.team, f"block {index}", floats)
+        files.write(part, _tensors(quantized, index), notes)
+        block = _ready(self.desc, quantized)
+        if start is None:
+            stream.advance(block.feed, teacher.feed)
+        else:
+            with timed("forward"):
+                stream.restart(start, block)
+            start.close()
+        return block, notes
+
+    def _refine_block(
+        self, block: QuantizedBlock, start: Activations, stream: Stream
+    ) -> tuple[QuantizedBlock, RefineNotes]:
+        """The last pass over one block; the leader's sequences alone are seen."""
+        assert stream.source is not None, "the source runs along where there is a last pass"
+        shape, n_kept = (start.shape[0], start.shape[1]), n_reserved(self._n_calibration)
+
+        def refine() -> tuple[QuantizedBlock, RefineNotes]:
+            assert stream.source is not None
+            return refine_block(
+                self.desc,
+                block,
+                start.rows,
+                stream.source.rows,
+                shape,
+                self.last_pass.settings,
+                _silent,
+                n_kept,
+            )
+
+        with timed("refine"):
+            return refined_by_leader(self.team, block, refine)
+
+    def _stored_block(self, part: str, *, is_refined: bool = False) -> Block:
         block = Block(self.desc, {}, {})
         for tensor_id in self.store.tensor_ids(part):
             into = block.weights if tensor_id.part is Part.WEIGHT else block.biases
-            into[tensor_id.role] = decoded(self._stored(part, tensor_id))
-        if is_new:
-            stream.advance(block.feed, teacher.feed)
-        else:
-            stream.advance(block, teacher)
-        return block, self.store.notes(part, BlockNotes)
+            into[tensor_id.role] = decoded(self._stored(part, tensor_id, is_refined=is_refined))
+        return block
 
-    def _output(self, ends: Ends, stream: Stream, notes: BlockNotes) -> Ends:
-        """Store final norm and head; returns the ends as the package has them."""
+    def _output(self, stream: Stream, notes: BlockNotes) -> None:
+        """Store final norm and head."""
         norm, head = TensorId(Role.FINAL_NORM), TensorId(Role.HEAD)
         if OUTPUT not in self.store.parts():
             gain = self._source(norm)
@@ -120,23 +285,124 @@ class Walk:
                 return rms_norm(x, gain, self.desc.norm_eps)
 
             tensors: dict[TensorId, Held] = {norm: gain}
-            errors: list[TensorError] = []
+            about = BlockNotes()
             if not self.desc.is_tied:
                 statistics = stream.measure(final_norm, final_norm)
-                w = self._source(head)
-                tensors[head] = self.rounder(w, self.plan.storage(head), statistics, str(head))
-                errors.append(error_of(str(head), w, decoded(tensors[head]), statistics))
-            self.store.write(OUTPUT, tensors, BlockNotes(errors))
-        notes.errors += self.store.notes(OUTPUT, BlockNotes).errors
-        if self.desc.is_tied:
-            return ends
-        return Ends(self.desc, ends.embedding, ends.final_norm, decoded(self._stored(OUTPUT, head)))
+                w = source = self._source(head)
+                if self.rounder.recipe.dac_final and statistics.source_mean is not None:
+                    rule = ShiftIntoWeights()
+                    mu = statistics.source_mean - statistics.mean
+                    direction, left = rule.direction(statistics.gram, statistics.mean)
+                    w = rule.apply(source, mu, direction)
+                    about.folds.append(
+                        FoldRecord(
+                            "final_shift", self.desc.dims.n_layers, "rank-1 term of head", left, "E(aᵀh − 1)²"
+                        )
+                    )
+                rows = RowShare(self.team, len(w))
+                part = self.rounder(
+                    w[rows.mine], self.plan.storage(head), statistics, str(head), source[rows.mine]
+                )
+                tensors[head] = rows.gather(part)
+                about.errors.append(error_of(str(head), w, decoded(tensors[head]), statistics))
+            self.store.write(OUTPUT, tensors, about)
+        about = self.store.notes(OUTPUT, BlockNotes)
+        notes.errors += about.errors
+        notes.folds += about.folds
+
+    def _compare(self, judged: Stream, *, is_refined: bool = False) -> Divergence:
+        """Next-token distributions at every position of the held-out sequences, some hundred at a time."""
+        divergence = Divergence()
+        source_gain = self._source(TensorId(Role.FINAL_NORM))
+        source_head = self._source(TensorId(Role.EMBED if self.desc.is_tied else Role.HEAD))
+        gain = decoded(self._stored(OUTPUT, TensorId(Role.FINAL_NORM), is_refined=is_refined))
+        place = (INPUT, TensorId(Role.EMBED)) if self.desc.is_tied else (OUTPUT, TensorId(Role.HEAD))
+        head = decoded(self._stored(*place, is_refined=is_refined))
+        assert judged.source is not None, "the held-out sequences run through both models"
+        ids = self.tokens.held_out[self.team.share(len(self.tokens.held_out))].to(self.device)
+        eps = self.desc.norm_eps
+        with tensor_cores(False):
+            for x, source, targets in zip(judged.x, judged.source, ids[:, 1:], strict=True):
+                for start in range(0, len(targets), JUDGED_TOKENS):
+                    some = slice(start, min(start + JUDGED_TOKENS, len(targets)))
+                    divergence.add(
+                        rms_norm(source[some], source_gain, eps) @ source_head.T,
+                        rms_norm(x[some], gain, eps) @ head.T,
+                        targets[some],
+                    )
+        return divergence.joined(self.team)
 
     def _source(self, tensor_id: TensorId) -> Tensor:
         return self.desc.tensors[tensor_id].load().to(self.device, torch.float32)
 
-    def _stored(self, part: str, tensor_id: TensorId) -> Held:
-        return self.store.read_tensor(part, tensor_id).to(self.device)
+    def _stored(self, part: str, tensor_id: TensorId, *, is_refined: bool = False) -> Held:
+        return self.store.read_tensor(part, tensor_id, self.device, as_written=not is_refined)
+
+
+class _Files:
+    """Reads the next block and writes the last one while the program computes. At most one of each is under way.
+
+    found: the parts that the store held at the start.
+    """
+
+    def __init__(self, desc: ModelDesc, store: SharedStore) -> None:
+        self._desc, self._store = desc, store
+        self._threads = ThreadPoolExecutor(2, "files")
+        self._reading: Future[Mapping[TensorId, Tensor]] | None = None
+        self._writing: Future[None] | None = None
+        self.found = frozenset(store.parts())
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read a block, if there is one of that number."""
+        if index < self._desc.dims.n_layers:
+            self._reading = self._threads.submit(read_block, self._desc, index)
+
+    def take(self, index: int) -> Mapping[TensorId, Tensor]:
+        """The block that `read_ahead` began with."""
+        assert self._reading is not None, f"block {index} was not asked for"
+        found = self._reading.result()
+        self._reading = None
+        return found
+
+    def write(self, part: str, tensors: Mapping[TensorId, Held], notes: object) -> None:
+        """Begin to write a part, once the one before is written; its errors come with the next call here."""
+        self.wait()
+        self._writing = self._threads.submit(self._store.write, part, tensors, notes)
+
+    def wait(self) -> None:
+        """Until everything is written; raises what went wrong."""
+        if self._writing is not None:
+            with timed("disk"):
+                self._writing.result()
+            self._writing = None
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _silent(done: int, what: str) -> None:
+    """Progress inside a block is not shown."""
+
+
+def _ready(desc: ModelDesc, block: QuantizedBlock) -> Block:
+    """The block as a reader of the package will compute with it."""
+    weights = {role: decoded(held) for role, held in block.linears.items()}
+    return Block(desc, weights | dict(block.norms), dict(block.biases))
+
+
+def _quantized(tensors: Mapping[TensorId, Held]) -> QuantizedBlock:
+    """A block from all its tensors; inverse of `_tensors`."""
+    weights = {t.role: held for t, held in tensors.items() if t.part is Part.WEIGHT}
+    biases = {t.role: decoded(held) for t, held in tensors.items() if t.part is Part.BIAS}
+    norms = {role: held for role, held in weights.items() if isinstance(held, Tensor) and held.dim() == 1}
+    return QuantizedBlock({r: held for r, held in weights.items() if r not in norms}, norms, biases)
 
 
 def _tensors(block: QuantizedBlock, index: int) -> dict[TensorId, Held]:
@@ -144,12 +410,3 @@ def _tensors(block: QuantizedBlock, index: int) -> dict[TensorId, Held]:
     tensors: dict[TensorId, Held] = {TensorId(r, index): held for r, held in block.linears.items()}
     tensors |= {TensorId(r, index): gain for r, gain in block.norms.items()}
     return tensors | {TensorId(r, index, Part.BIAS): bias for r, bias in block.biases.items()}
-
-
-def _compare(source_ends: Ends, ends: Ends, judged: Stream, tokens: Tensor) -> Divergence:
-    """Next-token distributions at every position of the held-out sequences, one sequence at a time."""
-    divergence = Divergence()
-    assert judged.source is not None, "the held-out sequences run through both models"
-    for x, source, ids in zip(judged.x, judged.source, tokens, strict=True):
-        divergence.add(source_ends.logits(source[:-1]), ends.logits(x[:-1]), ids[1:])
-    return divergence

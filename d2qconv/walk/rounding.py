@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -11,10 +11,15 @@ from torch import Tensor
 from d2qconv.calibrate.statistics import InputStatistics
 from d2qconv.export.base import FloatType
 from d2qconv.grids.base import Grid
-from d2qconv.ir.coded import Held
-from d2qconv.quant.hessian import inverse_factor, toward_source
-from d2qconv.quant.sweep import gptq, round_to_nearest
+from d2qconv.ir.coded import Coded, Held
+from d2qconv.precision import tensor_cores
+from d2qconv.quant.dsq import SCALE, ColumnScaled, split
+from d2qconv.quant.hessian import drift, inverse_factor, toward_source
+from d2qconv.quant.order import gar
+from d2qconv.quant.polish import damped, polish
+from d2qconv.quant.sweep import Drift, gptq, round_to_nearest
 from d2qconv.run import Recipe
+from d2qconv.timing import timed
 
 
 class TensorError(msgspec.Struct, frozen=True):
@@ -34,6 +39,11 @@ class Rounder:
 
     recipe: Recipe
 
+    @property
+    def needs_source(self) -> bool:
+        """Whether statistics must know what the source model feeds each linear."""
+        return self.recipe.rounding == "gptq" and self.recipe.asymmetry > 0
+
     def __call__(
         self,
         w: Tensor,
@@ -49,14 +59,47 @@ class Rounder:
         if isinstance(storage, FloatType):
             return w.to(storage.dtype)
         if statistics is None:
-            return round_to_nearest(w, torch.ones(w.shape[1], device=w.device), storage)
+            with timed("fit"):
+                return round_to_nearest(w, torch.ones(w.shape[1], device=w.device), storage)
         if self.recipe.rounding == "nearest":
-            return round_to_nearest(w, _positive(statistics.gram.diagonal()), storage)
-        factor = inverse_factor(statistics.gram, self.recipe.damping, where)
-        if statistics.cross is not None:
-            miss = (w if source is None else source) @ statistics.cross - w @ statistics.gram
-            w = toward_source(w, miss, factor, self.recipe.asymmetry)
-        return gptq(w, factor, storage, is_refit=self.recipe.refit)
+            with timed("fit"):
+                return round_to_nearest(w, positive(statistics.gram.diagonal()), storage)
+        with tensor_cores(False):
+            return self._compensated(w, storage, statistics, where, w if source is None else source)
+
+    def _compensated(
+        self, w: Tensor, grid: Grid, statistics: InputStatistics, where: str, source: Tensor
+    ) -> Coded:
+        """The sweep, with what the recipe adds to it."""
+        recipe, pull = self.recipe, None
+        with timed("factor"):
+            order = gar(statistics.gram.diagonal(), grid) if recipe.order == "gar" else None
+            here = statistics if order is None else statistics.ordered(order)
+            factor = inverse_factor(here.gram, recipe.damping, where)
+            if here.cross is None or recipe.asymmetry == 0:
+                pass
+            elif recipe.asymmetry_form == "closed":
+                miss = _taken(source, order) @ here.cross - _taken(w, order) @ here.gram
+                moved = toward_source(_taken(w, order), miss, factor, recipe.asymmetry)
+                w = moved if order is None else _taken(moved, order.argsort())
+            else:
+                p = drift(here.gram, here.cross, factor, recipe.asymmetry)
+                pull = Drift(p, source if recipe.asymmetry_form == "rescomp" else None)
+        coded = gptq(w, factor, grid, is_refit=recipe.refit, order=order, drift=pull)
+        del here, factor
+        if recipe.polish == 0 or pull is not None:
+            return coded
+        return self._polished(w, statistics.gram, coded)
+
+    def _polished(self, w: Tensor, gram: Tensor, coded: Coded) -> Coded:
+        """Codes chosen again; column scales stay, so the inner grid sees weights and inputs as scaled by them."""
+        recipe, hessian = self.recipe, damped(gram, self.recipe.damping)
+        if not isinstance(coded.grid, ColumnScaled):
+            return polish(w, hessian, coded, passes=recipe.polish, is_refit=recipe.refit)
+        inner, c = split(coded)
+        hessian.mul_(c).mul_(c[:, None])
+        found = polish(w / c, hessian, inner, passes=recipe.polish, is_refit=recipe.refit)
+        return replace(coded, codes=found.codes, params={**found.params, SCALE: coded.params[SCALE]})
 
 
 def error_of(tensor: str, w: Tensor, approximation: Tensor, statistics: InputStatistics) -> TensorError:
@@ -70,7 +113,12 @@ def error_of(tensor: str, w: Tensor, approximation: Tensor, statistics: InputSta
     )
 
 
-def _positive(diagonal: Tensor) -> Tensor:
+def _taken(w: Tensor, order: Tensor | None) -> Tensor:
+    """Columns of w in that order."""
+    return w if order is None else w[:, order.to(w.device)]
+
+
+def positive(diagonal: Tensor) -> Tensor:
     """An importance must be positive: inputs that were always zero count a millionth of the mean."""
     floor = diagonal.mean().clamp_min(1e-30) * 1e-6
     return diagonal.clamp_min(floor)

@@ -17,9 +17,12 @@ from d2qconv.ir.store import Store
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.progress import Unwatched
 from d2qconv.run import Recipe
+from d2qconv.team import Team
 from d2qconv.testing.models import make_checkpoint
+from d2qconv.walk.activations import Place, Placement
 from d2qconv.walk.model import Walk
 from d2qconv.walk.rounding import Rounder
+from d2qconv.walk.sharing import SharedStore
 from d2qconv_gguf.grids import GRIDS
 
 ENDS = (Role.EMBED, Role.HEAD)
@@ -50,10 +53,16 @@ def walk(model, folder, *, grid="q2_k", carrier=Carrier.BIAS, **recipe):
     rows = torch.randint(512, (18, 48), generator=torch.Generator().manual_seed(2))
     tokens = CalibrationTokens(rows[:16], rows[16:], "random")
     store = Store(folder, "f", GRIDS)
+    device = torch.device("cpu")
     return Walk(
-        model, planned(model, grid, carrier), Rounder(Recipe(**recipe)), tokens, store,
-        torch.device("cpu"), Unwatched(),
+        model, planned(model, grid, carrier), Rounder(Recipe(**recipe)), tokens,
+        SharedStore(Team.alone(), store, GRIDS), device, Unwatched(), Placement(Place.HOST, device),
     )  # fmt: skip
+
+
+def leaders(run):
+    """The store itself."""
+    return run.store.leaders
 
 
 def as_model(model, store):
@@ -71,7 +80,7 @@ def as_model(model, store):
 def test_the_stored_tensors_are_the_model_that_was_judged(model, tmp_path, carrier):
     run = walk(model, tmp_path / "w", carrier=carrier)
     result = run.run()
-    stored = as_model(model, run.store)
+    stored = as_model(model, leaders(run))
     has_bias = TensorId(Role.GATE, 0, Part.BIAS) in stored.tensors
     assert has_bias == (carrier is Carrier.BIAS)
     tokens = run.tokens.held_out
@@ -94,7 +103,7 @@ def test_compensation_is_closer_than_rounding(model, tmp_path):
     nearest = walk(
         model, tmp_path / "a", carrier=Carrier.NONE, rounding="nearest", dsq=False, dac=False
     ).run()
-    full = walk(model, tmp_path / "b").run()
+    full = walk(model, tmp_path / "b", dsq=True, dac=True).run()
     outputs = [sum(e.output for e in r.errors) for r in (nearest, full)]
     assert outputs[1] < outputs[0]
     assert len(full.errors) == len(nearest.errors)
@@ -105,7 +114,7 @@ def test_compensation_is_closer_than_rounding(model, tmp_path):
 def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(model, tmp_path, monkeypatch):
     straight = walk(model, tmp_path / "a")
     wanted = straight.run()
-    straight.store.close()
+    leaders(straight).close()
 
     class KilledError(Exception):
         pass
@@ -120,7 +129,7 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(model, tmp_path
     killed = walk(model, tmp_path / "b")
     with pytest.raises(KilledError):
         killed.run()
-    killed.store.close()
+    leaders(killed).close()
     monkeypatch.undo()
     quantized = []
 
@@ -146,6 +155,6 @@ def test_linears_may_stay_float(model, tmp_path):
     )
     run = replace(run, plan=replace(run.plan, tensors=tensors))
     run.run()
-    down = run.store.tensors()[TensorId(Role.DOWN, 0)]
+    down = leaders(run).tensors()[TensorId(Role.DOWN, 0)]
     assert isinstance(down, Dense)
     assert torch.equal(down.load(), model.tensors[TensorId(Role.DOWN, 0)].load().half())

@@ -18,10 +18,9 @@ import threading
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
@@ -31,7 +30,7 @@ from d2qconv.errors import D2qError, InputError, PluginError, VerifyError
 from d2qconv.export.base import Carrier, ExporterInfo
 from d2qconv.export.discover import Found, Sampler, discover, find, first_ready, for_file
 from d2qconv.export.package import check_output
-from d2qconv.run import CalibrationSpec, Recipe
+from d2qconv.options import Calibration, Flag, Machine, Method, Output, OutputPath, Report, Settings
 
 if TYPE_CHECKING:
     from d2qconv.pipeline import Job
@@ -60,125 +59,12 @@ EXIT_CODES = """Exit codes:
   130  interrupted; the same command goes on"""
 
 
-# ---- the options that every conversion has ----
-
-
-def _group(title: str, place: int) -> Parameter:
-    """Fields of a dataclass as options of their own, under one heading of the help."""
-    return Parameter(name="*", group=Group(title, sort_key=place))
+# ---- parameters of the commands ----
 
 
 Model = Annotated[
     str, Parameter(help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-8B.")
 ]
-Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-OutputPath = Annotated[Path | None, Parameter(name=("--output", "-o"))]
-
-
-@_group("Output", 1)
-@dataclass(frozen=True)
-class Output:
-    """What is written, and where."""
-
-    output: OutputPath = None
-    """The package. By default MODEL's own name with the exporter's suffix, in the current folder."""
-    overwrite: Flag = False
-    """Replace an existing output; until the new one is complete, the old one stays."""
-    dry_run: Flag = False
-    """Stop after the plan, and print it. Nothing is quantized or written."""
-    all: Flag = False
-    """With --dry-run: list every tensor instead of a summary by role."""
-
-
-@_group("Calibration", 3)
-@dataclass(frozen=True)
-class Calibration:
-    """CalibrationSpec, as options."""
-
-    calibration: str = "self"
-    """Tokens to measure on: self (sampled from the model), a text, JSONL or token file, or org/name[:split]."""
-    sequences: int = CalibrationSpec.sequences
-    """Number of sequences. A tenth more, never measured on, gives the KL divergence at the end."""
-    length: int = CalibrationSpec.length
-    """Tokens per sequence."""
-    seed: int = CalibrationSpec.seed
-    """Seed of the sampling."""
-
-    def spec(self) -> CalibrationSpec:
-        """The same as the pipeline wants it."""
-        return CalibrationSpec(self.calibration, self.sequences, self.length, self.seed)
-
-
-@_group("Method", 4)
-@dataclass(frozen=True)
-class Method:
-    """Recipe and carrier, as options."""
-
-    rounding: Literal["gptq", "nearest"] = Recipe.rounding
-    """gptq feeds each column's rounding error forward to the columns not yet rounded; nearest does not."""
-    refit: bool = Recipe.refit
-    """Choose a K-quant's inner scales again when the sweep reaches their group."""
-    dsq: bool = Recipe.dsq
-    """Learn a scale per input column of down_proj and fold it into up_proj (D²Quant's DSQ)."""
-    dac: bool = Recipe.dac
-    """Measure the mean shift of the FFN norm's output and carry it in the package (D²Quant's DAC)."""
-    damping: float = Recipe.damping
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
-    asymmetry: float = Recipe.asymmetry
-    """Share of the difference between full-precision and quantized inputs that is corrected for (GPTAQ); 0 is GPTQ."""
-    carrier: Literal["auto", "bias", "rank1", "none"] = "auto"
-    """How the package carries the mean shift: auto takes the most exact way that the target has."""
-
-    def recipe(self) -> Recipe:
-        """The same as the pipeline wants it."""
-        return Recipe(
-            rounding=self.rounding,
-            refit=self.refit,
-            dsq=self.dsq,
-            dac=self.dac,
-            damping=self.damping,
-            asymmetry=self.asymmetry,
-        )
-
-
-@_group("Machine", 5)
-@dataclass(frozen=True)
-class Machine:
-    """Where the work is done."""
-
-    device: str | None = None
-    """cpu, cuda, cuda:1, … By default the first GPU, or the CPU if there is none."""
-    work_dir: Path | None = None
-    """Keeps finished blocks, so that the same command goes on where it stopped. By default OUTPUT.work."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub checkpoint."""
-
-
-@_group("Report", 6)
-@dataclass(frozen=True)
-class Report:
-    """What is printed."""
-
-    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", show_default=False)] = False
-    """Print only the last line."""
-    json: Flag = False
-    """Print one JSON object on standard output, and nothing else."""
-
-    def tell(self, console: Console) -> None:
-        """Have the console print so."""
-        console.ask(is_json=self.json, is_quiet=self.quiet)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of a conversion that are the same for every exporter."""
-
-    output: Output = Output()
-    calibration: Calibration = Calibration()
-    method: Method = Method()
-    machine: Machine = Machine()
-
-
 Options = Annotated[Settings, Parameter(name="*")]
 ReportOptions = Annotated[Report, Parameter(name="*")]
 DEFAULTS = Settings()
@@ -391,6 +277,8 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
         device=machine.device,
         work_dir=machine.work_dir,
         overwrite=output.overwrite,
+        max_gpu_mem=machine.max_gpu_mem,
+        max_host_mem=machine.max_host_mem,
     )
 
 
@@ -404,13 +292,18 @@ def show_plan(job: Job, console: Console, *, is_all: bool) -> None:
 def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
     """Convert, and print what came of it; with a prompt, let the package continue it."""
     from d2qconv import pipeline
+    from d2qconv.team import started
 
+    if started()[0]:
+        # Under torchrun the first process speaks for all.
+        console.ask(is_json=False, is_quiet=True)
     planned = pipeline.plan(job)
     console.announce(planned)
     with console.watch() as watch:
         outcome = pipeline.convert(planned, watch)
-        sample = _sample(job, prompt) if prompt else ""
-    console.show_outcome(outcome, sample)
+        sample = _sample(job, prompt) if prompt and outcome is not None else ""
+    if outcome is not None:
+        console.show_outcome(outcome, sample)
 
 
 def _sample(job: Job, prompt: str) -> str:

@@ -9,28 +9,25 @@ brackets.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 
+from d2qconv.budget import Peaks, gibibytes
 from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import describe
+from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
-
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.pipeline import Outcome, Planned
-
-#: Seconds between two progress lines where there is no terminal.
-LINE_EVERY = 10.0
+    from d2qconv.walk.last_pass import LastPass
+    from d2qconv.walk.memory import Footprint
 
 
 def by_steps(watch: Watch, name: str) -> Progress:
@@ -44,66 +41,6 @@ def by_steps(watch: Watch, name: str) -> Progress:
         watch.step(done, what)
 
     return progress
-
-
-class LineWatch:
-    """Plain lines, one at a stage's beginning and then at most one every `LINE_EVERY` seconds."""
-
-    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._write = write
-        self._clock = clock
-        self._name = ""
-        self._total = 0
-        self._began = self._last = clock()
-
-    def stage(self, name: str, total: int) -> None:
-        """Say that the stage begins."""
-        self._name, self._total = name, total
-        self._began = self._last = self._clock()
-        self._write(f"{name} …" if total == 0 else f"{name} … {total} steps")
-
-    def step(self, done: int, what: str) -> None:
-        """Say how far it is, if the last line is old enough."""
-        now = self._clock()
-        if now - self._last < LINE_EVERY:
-            return
-        self._last = now
-        of = f"{done}/{self._total}" if self._total else str(done)
-        left = (now - self._began) / done * (self._total - done) if done and self._total else 0.0
-        ahead = f", {duration(left)} left" if left else ""
-        self._write(f"{self._name} {of} {what}{ahead}".rstrip())
-
-    def note(self, text: str) -> None:
-        """Print it."""
-        self._write(text)
-
-
-class BarWatch:
-    """One bar a stage, with the time left."""
-
-    def __init__(self, progress: RichProgress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-
-    def stage(self, name: str, total: int) -> None:
-        """Complete the last bar, draw the next."""
-        self.close()
-        self._task = self._progress.add_task(name, total=total or None, what="")
-
-    def step(self, done: int, what: str) -> None:
-        """Move the bar."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=done, what=what)
-
-    def note(self, text: str) -> None:
-        """Print it above the bars."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Stop the clock of the last bar."""
-        if self._task is not None:
-            self._progress.update(self._task, what="")
-            self._progress.stop_task(self._task)
 
 
 class Console:
@@ -128,13 +65,13 @@ class Console:
         elif not self._err.is_terminal:
             yield LineWatch(lambda line: self._err.print(line, soft_wrap=True))
         else:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             columns = (
                 TextColumn("{task.description:<12}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                time_column(),
                 TextColumn("{task.fields[what]}", markup=False),
             )
             with Progress(*columns, console=self._err) as progress:
@@ -275,16 +212,6 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:,.3g} TB"
 
 
-def duration(seconds: float) -> str:
-    """`1 h 05 min`, `2 min 10 s`, `8 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
 def _bits(tensor: TensorPlan, n_elements: int) -> str:
     return f"{tensor.n_bytes * 8 / n_elements:.2f}"
 
@@ -343,9 +270,55 @@ def _plan_pairs(planned: Planned) -> Iterator[tuple[str, str]]:
     yield "architecture", planned.desc.arch.id
     yield "weights", f"{planned.n_weights:,}"
     yield "mean shift", _carrier(target)
+    yield "last pass", _last_pass(planned.last_pass)
     yield "loads in", ", ".join(target.loads_in)
+    yield from _footprint_pairs(planned.footprint)
     for warning in target.warnings:
         yield "warning", warning
+
+
+def _last_pass(last_pass: LastPass) -> str:
+    if last_pass.scope == "none":
+        return "none"
+    scope = (
+        "the whole model, against the source's logits"
+        if last_pass.scope == "model"
+        else "each block by itself"
+    )
+    own = f", {last_pass.own} sequences sampled for it" if last_pass.own else ""
+    return f"{last_pass.steps} steps over {scope}{own}"
+
+
+def _footprint_pairs(footprint: Footprint) -> Iterator[tuple[str, str]]:
+    """Predicted peaks beside the budget, and where the activations will be."""
+    budget = footprint.budget
+    if budget.gpu_bytes is not None:
+        yield (
+            "GPU memory",
+            f"at most about {gibibytes(footprint.gpu_peak)}, budget {gibibytes(budget.gpu_bytes)}",
+        )
+    yield (
+        "host memory",
+        f"at most about {gibibytes(footprint.host_peak)}, budget {gibibytes(budget.host_bytes)}",
+    )
+    where = {"device": "on the GPU", "host": "in host memory", "disk": "on disk"}[footprint.place]
+    on_disk = f", {gibibytes(footprint.disk_bytes)}" if footprint.disk_bytes else ""
+    yield "activations", where + on_disk
+
+
+def _peak_pairs(peaks: Peaks, footprint: Footprint) -> Iterator[tuple[str, str]]:
+    """Measured peaks beside the predicted."""
+    if peaks.gpu_allocated is not None and peaks.gpu_reserved is not None:
+        yield (
+            "GPU memory",
+            f"peak {gibibytes(peaks.gpu_allocated)}, with the allocator's reserve "
+            f"{gibibytes(peaks.gpu_reserved)}; predicted {gibibytes(footprint.gpu_peak)}",
+        )
+    note = ", mapped files included" if peaks.is_host_with_files else ""
+    yield (
+        "host memory",
+        f"peak {gibibytes(peaks.host)}{note}; predicted {gibibytes(footprint.host_peak)}",
+    )
 
 
 def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
@@ -359,11 +332,14 @@ def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
         f"{outcome.perplexity:.3f} (source {outcome.perplexity_source:.3f}), on the same tokens",
     )
     yield "same top token", f"{outcome.same_top:.1%} of them"
+    if outcome.last_pass:
+        yield "last pass", outcome.last_pass
     if outcome.errors:
         worst = max(outcome.errors, key=lambda e: e.output)
         yield "worst matrix", f"{worst.tensor}: relative squared error of its output {worst.output:.2e}"
     yield from _fold_pairs(outcome.folds)
     yield "loads in", ", ".join(outcome.loads_in)
+    yield from _peak_pairs(outcome.peaks, outcome.footprint)
     yield "took", duration(outcome.seconds)
 
 
@@ -411,6 +387,8 @@ def _exporter_facts(found: Found) -> dict[str, Any]:
 
 def plan_facts(planned: Planned) -> dict[str, Any]:
     """A plan as JSON."""
+    from d2qconv.walk.memory import footprint_facts
+
     target = planned.target
     return {
         "source": planned.checkpoint.source,
@@ -423,6 +401,12 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
         "carrier_note": target.carrier_note,
         "loads_in": target.loads_in,
         "warnings": target.warnings,
+        "memory": footprint_facts(planned.footprint),
+        "last_pass": {
+            "scope": planned.last_pass.scope,
+            "steps": planned.last_pass.steps,
+            "own": planned.last_pass.own,
+        },
         "tensors": [
             {
                 "id": str(t.id),
@@ -448,6 +432,8 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "perplexity": outcome.perplexity,
         "same_top": outcome.same_top,
         "n_tokens": outcome.n_tokens,
+        "last_pass": outcome.last_pass,
+        "kld_unrefined": outcome.kld_unrefined,
         "checks": [_check_facts(c) for c in outcome.checks],
         "folds": [
             {
@@ -464,6 +450,16 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "loads_in": outcome.loads_in,
         "fingerprint": outcome.fingerprint,
         "seconds": outcome.seconds,
+        "memory": {
+            "activations": outcome.footprint.place,
+            "gpu_allocated": outcome.peaks.gpu_allocated,
+            "gpu_reserved": outcome.peaks.gpu_reserved,
+            "gpu_predicted": outcome.footprint.gpu_peak if outcome.footprint.gpu else None,
+            "host": outcome.peaks.host,
+            "is_host_with_files": outcome.peaks.is_host_with_files,
+            "host_predicted": outcome.footprint.host_peak,
+            "disk_bytes": outcome.footprint.disk_bytes,
+        },
     }
 
 

@@ -5,21 +5,24 @@ Everything that can be refused is refused in `plan`, before any weight is read.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import msgspec
 import torch
 
 from d2qconv import __version__
 from d2qconv.arch.bind import bind
 from d2qconv.arch.spec import Architecture, ModelDesc
-from d2qconv.calibrate.tokens import CalibrationTokens, check_spec, describe_tokens, load_tokens
+from d2qconv.budget import CUDA_CONTEXT, PeakMeter, Peaks, choose_budget
+from d2qconv.calibrate.tokens import (
+    HELD_OUT_SHARE,
+    CalibrationTokens,
+    check_spec,
+)
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
 from d2qconv.export.base import (
@@ -34,15 +37,22 @@ from d2qconv.export.base import (
 )
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
-from d2qconv.fold.rules import ScaleIntoRows, ShiftIntoBiases
+from d2qconv.fold.rotation import Rotation, rotated
+from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases
+from d2qconv.gather import Source, calibration_tokens, read_weights
+from d2qconv.grids.base import Grid
 from d2qconv.ir.model import Provenance, QuantizedModel
 from d2qconv.ir.store import Store
-from d2qconv.ir.workdir import read_tokens, write_tokens
 from d2qconv.names import Role
-from d2qconv.progress import Watch
+from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
+from d2qconv.team import Team
+from d2qconv.walk.activations import Placement
+from d2qconv.walk.last_pass import LastPass, choose_last_pass, own_sequences
+from d2qconv.walk.memory import Footprint, predict
 from d2qconv.walk.model import Walk, WalkResult
 from d2qconv.walk.rounding import Rounder, TensorError
+from d2qconv.walk.sharing import SharedStore
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class Job:
     """One conversion, as asked for.
 
     carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
-    work_dir: None for `<output>.work`.
+    work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
+    free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result.
     """
 
     model: str
@@ -64,18 +75,27 @@ class Job:
     work_dir: Path | None = None
     revision: str | None = None
     overwrite: bool = False
+    max_gpu_mem: str | None = None
+    max_host_mem: str | None = None
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What will be done; nothing is refused."""
+    """What will be done; nothing is refused.
+
+    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation. footprint: the
+    memory that it is predicted to take.
+    """
 
     job: Job
     checkpoint: Checkpoint
+    source: ModelDesc
     desc: ModelDesc
     target: TargetPlan
     exporter: Exporter
     device: torch.device
+    footprint: Footprint
+    last_pass: LastPass
 
     @property
     def n_weights(self) -> int:
@@ -90,7 +110,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done, in numbers. kld, perplexities and same_top: on the held-out sequences, by the float reference."""
+    """What was done, in numbers. kld, perplexities and same_top: on the held-out sequences, by the float reference.
+
+    peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words, empty if there was none;
+    kld_unrefined: before it, where it changed the whole model.
+    """
 
     path: Path
     n_bytes: int
@@ -106,6 +130,10 @@ class Outcome:
     loads_in: Sequence[str]
     fingerprint: str
     seconds: float
+    peaks: Peaks
+    footprint: Footprint
+    last_pass: str = ""
+    kld_unrefined: float | None = None
 
 
 def plan(job: Job) -> Planned:
@@ -114,39 +142,101 @@ def plan(job: Job) -> Planned:
     Reads headers and configs, no weights. Raises InputError, PlanError, PluginError.
     """
     check_recipe(job.recipe)
-    if not job.recipe.dac and job.carrier not in (None, Carrier.NONE):
-        raise InputError("a carrier was asked for and no shift to carry", where="--no-dac --carrier")
+    if not job.recipe.dac and job.carrier in (Carrier.BIAS, Carrier.RANK1):
+        raise InputError(
+            "a carrier was asked for and no shift to carry",
+            where=f"--carrier {job.carrier}",
+            todo="add --dac",
+        )
     device = choose_device(job.device)
     checkpoint = open_checkpoint(job.model, revision=job.revision)
-    desc = bind(checkpoint)
+    bound = bind(checkpoint)
+    kind = job.recipe.rotation
+    desc = bound if kind == "none" else rotated(bound, Rotation(kind))
     check_spec(job.calibration, desc)
     exporter = job.exporter.load(job.options)
-    target = exporter.plan(desc, job.carrier if job.recipe.dac else Carrier.NONE)
+    target = exporter.plan(desc, job.carrier if job.recipe.dac else job.carrier or Carrier.NONE)
     source = exporter.check_source(checkpoint)
     target = replace(target, warnings=(*target.warnings, *source.warnings))
-    refuse([*target.refusals, *source.refusals, *_fold_refusals(desc.arch, job.recipe, target)])
-    return Planned(job, checkpoint, desc, target, exporter, device)
+    budget = choose_budget(job.max_gpu_mem, job.max_host_mem, device)
+    n_all = job.calibration.sequences + own_sequences(job.calibration, job.recipe, bound, device)
+    seen = replace(job.calibration, sequences=n_all)
+    footprint = predict(desc, seen, n_held_out(job.calibration), job.recipe, budget, device)
+    refuse(
+        [
+            *target.refusals,
+            *source.refusals,
+            *_fold_refusals(desc.arch, job.recipe, target),
+            *footprint.refusals,
+        ]
+    )
+    last_pass = choose_last_pass(
+        job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
+    )
+    return Planned(job, checkpoint, bound, desc, target, exporter, device, footprint, last_pass)
 
 
-def convert(planned: Planned, watch: Watch) -> Outcome:
-    """Do what was planned; the output appears whole and verified, or not at all. Raises any D2qError."""
+def convert(planned: Planned, watch: Watch) -> Outcome | None:
+    """Do what was planned; the output appears whole and verified, or not at all. Raises any D2qError.
+
+    Under torchrun every process calls it; the first one alone shows progress, writes the package and gets an outcome.
+    """
     started = time.monotonic()
-    job = planned.job
-    check_output(job.output, job.overwrite, planned.target.n_bytes)
-    _check_work_dir(planned)
-    with _memory_as_run_error():
-        content = _read_all(planned, watch)
-        tokens = _calibration(planned, content, watch)
+    with _memory_as_run_error(planned), Team.join(planned.device) as team, PeakMeter(team.device) as meter:
+        planned = replace(planned, device=team.device)
+        _limit(planned)
+        watch = watch if team.is_leader else Unwatched()
+        content = team.from_leader(lambda: _prepare(planned, watch))
+        tokens = calibration_tokens(
+            _source(planned), planned.job.calibration, planned.last_pass.own, content, team, watch
+        )
         spec = _run_spec(planned, tokens, content)
-        with _open_store(planned, spec, watch) as store:
-            walk = Walk(
-                planned.desc, planned.target, Rounder(job.recipe), tokens, store, planned.device, watch
-            )
-            result = walk.run()
-            model = QuantizedModel(planned.desc, store.tensors(), _provenance(planned, tokens, spec, result))
+        team.same("the run's fingerprint", spec.fingerprint())
+        with ExitStack() as stack:
+            store = _open_store(planned, spec, team, stack, watch)
+            result = _walk(planned, tokens, store, team, watch).run()
+            peaks = _largest(team.gather(meter.peaks()))
+            if not team.is_leader:
+                return None
+            # The others may go: what follows is one process's work, and may take long.
+            team.leave()
+            held = store.leaders
+            model = QuantizedModel(planned.desc, held.tensors(), _provenance(planned, tokens, spec, result))
             package, checks = _package(planned, model, watch)
-            store.delete()
-    return _outcome(planned, package, checks, result, spec, time.monotonic() - started)
+            held.delete()
+            peaks = _largest([peaks, meter.peaks()])
+    return _outcome(planned, package, checks, result, spec, time.monotonic() - started, peaks)
+
+
+def _limit(planned: Planned) -> None:
+    """Let PyTorch's allocator keep no more of the GPU than the budget: what it holds and does not use it gives back."""
+    budget = planned.footprint.budget.gpu_bytes
+    if planned.device.type == "cuda" and budget is not None:
+        total = torch.cuda.get_device_properties(planned.device).total_memory
+        share = min(max(budget - CUDA_CONTEXT, 0) / total, 1.0)
+        torch.cuda.set_per_process_memory_fraction(share, planned.device.index or 0)
+
+
+def _prepare(planned: Planned, watch: Watch) -> str:
+    """Look at output, work directory and every weight before any work; returns the digest of the weights."""
+    check_output(planned.job.output, planned.job.overwrite, planned.target.n_bytes)
+    _check_work_dir(planned)
+    return read_weights(_source(planned), watch)
+
+
+def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team: Team, watch: Watch) -> Walk:
+    return Walk(
+        planned.desc,
+        planned.target,
+        Rounder(planned.job.recipe),
+        tokens,
+        store,
+        planned.device,
+        watch,
+        Placement(planned.footprint.place, planned.device, _work_dir(planned.job), team.rank),
+        team,
+        planned.last_pass,
+    )
 
 
 def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Package, Sequence[Check]]:
@@ -159,6 +249,11 @@ def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Pac
         checks = planned.exporter.verify(path, _steps(watch))
         _require_passed(checks)
     return package, checks
+
+
+def n_held_out(calibration: CalibrationSpec) -> int:
+    """Sequences that the closing KL divergence is measured on; fewer if the calibration text is short."""
+    return max(calibration.sequences // HELD_OUT_SHARE, 1)
 
 
 def choose_device(wanted: str | None) -> torch.device:
@@ -180,53 +275,24 @@ def _fold_refusals(arch: Architecture, recipe: Recipe, target: TargetPlan) -> It
     """What the architecture cannot fold although the recipe asks for it."""
     if recipe.dsq:
         yield from ScaleIntoRows().check(arch, Role.DOWN)
+    if recipe.value_scales:
+        yield from ScaleIntoRows().check(arch, Role.O)
+    if recipe.norm_scales:
+        yield from ScaleIntoGain().check(arch, Role.ATTN_NORM)
+        yield from ScaleIntoGain().check(arch, Role.FFN_NORM)
     if target.carrier is Carrier.BIAS:
         yield from ShiftIntoBiases().check(arch, Role.FFN_NORM)
+    if target.carrier is Carrier.BIASES:
+        if recipe.rounding == "nearest":
+            why = "biases take the means out of a sweep, and rounding to nearest has none"
+            yield Refusal("carrier biases", why, "use --rounding gptq or another carrier")
+        if recipe.attention_weights:
+            why = "means weighed by attention are not those that a bias must carry"
+            yield Refusal("carrier biases", why, "leave out --attention-weights or use another carrier")
 
 
-def _read_all(planned: Planned, watch: Watch) -> str:
-    """Read every weight once; returns the SHA-256 over the config and all of them, hex.
-
-    A damaged or not finite weight is an error now, not hours later in its block. The digest tells a resumed run
-    that it is about the same model, wherever that lies.
-    """
-    sha = hashlib.sha256(msgspec.json.encode(planned.checkpoint.config, order="sorted"))
-    tensors = planned.desc.tensors
-    watch.stage("read", len(tensors))
-    for done, tensor_id in enumerate(sorted(tensors, key=str), 1):
-        values = tensors[tensor_id].load()
-        sha.update(f"{tensor_id} {values.dtype} {tuple(values.shape)}".encode())
-        sha.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        watch.step(done, str(tensor_id))
-    return sha.hexdigest()
-
-
-def _calibration(planned: Planned, content: str, watch: Watch) -> CalibrationTokens:
-    """The calibration tokens. Sampled ones are kept in the work directory, since drawing them again takes long."""
-    spec = planned.job.calibration
-    folder = _work_dir(planned.job)
-    is_kept = spec.source == "self"
-    key = f"{content} {spec} {planned.device.type} torch {torch.__version__}"
-    watch.stage("calibrate", spec.length)
-    found = read_tokens(folder, key) if is_kept else None
-    if found is not None:
-        tokens = CalibrationTokens(
-            found["calibration"], found["held_out"], describe_tokens(spec, found["calibration"])
-        )
-    else:
-        tokens = load_tokens(
-            spec,
-            planned.checkpoint,
-            planned.desc,
-            device=planned.device,
-            on_step=lambda done: watch.step(done, f"sampling from {planned.checkpoint.name}"),
-        )
-        if is_kept:
-            write_tokens(folder, key, {"calibration": tokens.calibration, "held_out": tokens.held_out})
-    watch.step(spec.length, tokens.description)
-    for warning in tokens.warnings:
-        watch.note(warning)
-    return tokens
+def _source(planned: Planned) -> Source:
+    return Source(planned.checkpoint, planned.source, planned.device, _work_dir(planned.job))
 
 
 def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunSpec:
@@ -235,7 +301,8 @@ def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunS
         torch=str(torch.__version__),
         exporter=planned.job.exporter.name,
         model=content,
-        recipe=planned.job.recipe,
+        recipe=replace(planned.job.recipe, refine=planned.last_pass.steps, refine_scope="auto"),
+        last_pass=planned.last_pass.scope,
         calibration=planned.job.calibration,
         tokens=tokens.digest,
         storage={str(t.id): t.type_name for t in planned.target.tensors},
@@ -262,25 +329,53 @@ def _check_work_dir(planned: Planned) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError("not a folder", where=f"--work-dir {folder}", todo="name a folder of its own")
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    needed, free = planned.n_weights + planned.target.n_bytes, shutil.disk_usage(there).free
+    # The parts hold packed codes, and the package is written before they go.
+    needed = 2 * planned.target.n_bytes + planned.footprint.disk_bytes
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
             f"the work directory takes about {needed:,} bytes and the disk has {free:,} left",
             where=str(folder),
-            todo="name a folder on another disk with --work-dir",
+            todo="name a folder on another disk with --work-dir"
+            + (", or use fewer or shorter sequences" if planned.footprint.disk_bytes else ""),
         )
 
 
-def _open_store(planned: Planned, spec: RunSpec, watch: Watch) -> Store:
-    """The work directory; says so if it held finished blocks of another job."""
+def _open_store(planned: Planned, spec: RunSpec, team: Team, stack: ExitStack, watch: Watch) -> SharedStore:
+    """The work directory, opened by the leader; says so if it held finished blocks of another job."""
+    opened: list[Store] = []
+
+    def open_it() -> None:
+        store = stack.enter_context(Store(_work_dir(planned.job), spec.fingerprint(), _grids(planned)))
+        opened.append(store)
+        if store.n_discarded:
+            watch.note(
+                f"{store.n_discarded} finished parts of another job were discarded from "
+                f"{_work_dir(planned.job)}"
+            )
+
+    team.from_leader(open_it)
+    return SharedStore(team, opened[0] if opened else None, _grids(planned))
+
+
+def _largest(peaks: Sequence[Peaks]) -> Peaks:
+    """The largest of every kind, over processes or stages."""
+
+    def most(values: Sequence[int | None]) -> int | None:
+        return max((v for v in values if v is not None), default=None)
+
+    return Peaks(
+        most([p.gpu_allocated for p in peaks]),
+        most([p.gpu_reserved for p in peaks]),
+        max(p.host for p in peaks),
+        peaks[0].is_host_with_files,
+    )
+
+
+def _grids(planned: Planned) -> dict[str, Grid]:
+    """All grids of the plan, by id."""
     storages = [t.storage for t in planned.target.tensors]
-    grids = {s.id: s for s in storages if not isinstance(s, FloatType)}
-    store = Store(_work_dir(planned.job), spec.fingerprint(), grids)
-    if store.n_discarded:
-        watch.note(
-            f"{store.n_discarded} finished parts of another job were discarded from {_work_dir(planned.job)}"
-        )
-    return store
+    return {s.id: s for s in storages if not isinstance(s, FloatType)}
 
 
 def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec, result: WalkResult) -> Provenance:
@@ -294,9 +389,13 @@ def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec, resu
         calibration=f"{tokens.description}, sha256 {tokens.digest}",
         carriers={
             "mean_shift": _carried("mean_shift", result.folds, planned.target.carrier_note),
-            "column_scale": _carried("column_scale", result.folds, "rows of up"),
+            "column_scale": _carried("column_scale", result.folds, _scaled_places(result.folds)),
         },
     )
+
+
+def _scaled_places(folds: Sequence[FoldRecord]) -> str:
+    return ", ".join(dict.fromkeys(fold.carrier for fold in folds if fold.name == "column_scale"))
 
 
 def _carried(name: str, folds: Sequence[FoldRecord], how: str) -> str:
@@ -323,6 +422,7 @@ def _outcome(
     result: WalkResult,
     spec: RunSpec,
     seconds: float,
+    peaks: Peaks,
 ) -> Outcome:
     judged = result.divergence
     return Outcome(
@@ -340,11 +440,29 @@ def _outcome(
         loads_in=planned.target.loads_in,
         fingerprint=spec.fingerprint(),
         seconds=seconds,
+        peaks=peaks,
+        footprint=planned.footprint,
+        last_pass=_last_pass(planned, result),
+        kld_unrefined=None if result.unrefined is None else result.unrefined.mean_kl,
     )
 
 
+def _last_pass(planned: Planned, result: WalkResult) -> str:
+    """What the last pass did, for people."""
+    steps = planned.last_pass.steps
+    if result.refined is not None:
+        if not result.refined.kept or result.unrefined is None:
+            return f"not kept after {result.refined.steps} steps: {result.refined.why}"
+        before, after = result.unrefined.mean_kl, result.divergence.mean_kl
+        return f"{steps} steps, KL divergence {before:.4f} → {after:.4f}"
+    if result.blocks:
+        n_kept = sum(notes.kept for notes in result.blocks)
+        return f"{steps} steps a block, kept in {n_kept} of {len(result.blocks)} blocks"
+    return ""
+
+
 @contextmanager
-def _memory_as_run_error() -> Iterator[None]:
+def _memory_as_run_error(planned: Planned) -> Iterator[None]:
     """Running out of memory is the user's to mend, not a bug."""
     try:
         yield
@@ -353,9 +471,11 @@ def _memory_as_run_error() -> Iterator[None]:
             error
         ):
             raise
+        option = "--max-gpu-mem" if planned.footprint.gpu else "--max-host-mem"
         raise RunError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}",
-            todo="use fewer or shorter calibration sequences (--sequences, --length)",
+            todo=f"give a smaller budget than what was predicted ({option}), so that activations are kept "
+            "elsewhere, or use shorter sequences (--length)",
         ) from error
 
 

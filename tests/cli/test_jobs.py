@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from d2qconv import errors, pipeline
+from d2qconv.budget import Budget, Peaks
 from d2qconv.cli import DEMO_MODEL
 from d2qconv.errors import PlanError, Refusal, RunError, refuse
 from d2qconv.export.base import Carrier, Check, FloatType, TargetPlan, TensorPlan
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.run import CalibrationSpec, Recipe
+from d2qconv.walk.activations import Place
+from d2qconv.walk.last_pass import LastPass
+from d2qconv.walk.memory import Footprint, MemoryPart, Phase
 from d2qconv.walk.rounding import TensorError
 
 pytestmark = pytest.mark.usefixtures("fake", "calm")
@@ -26,6 +31,16 @@ TENSORS = (
     TensorPlan(TensorId(Role.GATE, 0, Part.BIAS), "g.b", (4,), FloatType.F32, 16),
 )
 TARGET = TargetPlan("fakery", TENSORS, Carrier.RANK1, "by hand", ("fake.cpp",), warnings=("mind [the] gap",))
+
+
+GIB = 1 << 30
+FOOTPRINT = Footprint(
+    Place.DISK,
+    (MemoryPart("weights", 3 * GIB, (Phase.SWEEP,)),),
+    (MemoryPart("libraries", 2 * GIB, (Phase.SWEEP, Phase.PACKAGE)),),
+    9 * GIB,
+    Budget(4 * GIB, 5 * GIB),
+)
 
 
 def outcome(job: pipeline.Job) -> pipeline.Outcome:
@@ -48,6 +63,10 @@ def outcome(job: pipeline.Job) -> pipeline.Outcome:
         loads_in=("fake.cpp",),
         fingerprint="f" * 64,
         seconds=130.0,
+        peaks=Peaks(int(2.5 * GIB), int(2.75 * GIB), GIB),
+        footprint=FOOTPRINT,
+        last_pass="40 steps, KL divergence 0.2500 → 0.1250",
+        kld_unrefined=0.25,
     )
 
 
@@ -83,6 +102,8 @@ def calm(tmp_path, monkeypatch):
             device = "cpu"
             n_weights = 64
             bits_per_weight = 26.0
+            footprint = FOOTPRINT
+            last_pass = LastPass("model", 40, 1, 7)
 
         return Planned
 
@@ -119,11 +140,36 @@ def test_every_option_arrives(d2q, calm):
     words += (
         " --calibration t.txt --sequences 5 --length 6 --seed 7 --work-dir w --rounding nearest --no-refit"
     )
-    words += " --no-dsq --no-dac --damping 0.5 --asymmetry 0.75 --carrier bias"
+    words += " --dsq --dac --own 3 --polish 1 --damping 0.5 --asymmetry 0.75 --carrier bias"
+    words += (
+        " --rotation walsh --asymmetry-form gptaq --order natural --norm-scales --value-scales --dac-gate 0.1"
+    )
+    words += " --dac-final --attention-weights --refine 9 --refine-scope block"
+    words += " --max-gpu-mem 24GiB --max-host-mem 30GB"
     assert d2q(*words.split()).code == 0
     job = calm[0]
-    assert job.recipe == Recipe("nearest", refit=False, dsq=False, dac=False, damping=0.5, asymmetry=0.75)
-    assert job.calibration == CalibrationSpec("t.txt", 5, 6, 7)
+    assert job.recipe == Recipe(
+        rounding="nearest",
+        refit=False,
+        rotation="walsh",
+        asymmetry=0.75,
+        asymmetry_form="gptaq",
+        polish=1,
+        order="natural",
+        dsq=True,
+        norm_scales=True,
+        value_scales=True,
+        dac=True,
+        dac_gate=0.1,
+        dac_final=True,
+        attention_weights=True,
+        damping=0.5,
+        refine=9,
+        refine_scope="block",
+    )
+    assert not [f.name for f in fields(Recipe) if getattr(job.recipe, f.name) == f.default]
+    assert (job.max_gpu_mem, job.max_host_mem) == ("24GiB", "30GB")
+    assert job.calibration == CalibrationSpec("t.txt", 5, 6, 7, 3)
     assert (job.options.width, job.options.seed, job.options.loud) == (3, "oak", True)
     assert (job.revision, job.device, job.work_dir, job.overwrite) == ("v1", "cpu", Path("w"), True)
     assert (job.output, job.carrier) == (Path("x.bin"), Carrier.BIAS)
@@ -134,6 +180,7 @@ def test_summary_says_what_was_made(d2q):
     for text in (
         "0.1250 nats",
         "11.500 (source 10.000)",
+        "40 steps, KL divergence 0.2500 → 0.1250",
         "75.0%",
         "blk.1.q.weight",
         "2 blocks, residual ≤ 2.0e-02",
@@ -142,6 +189,33 @@ def test_summary_says_what_was_made(d2q):
     assert "ok      decoded values: 7 of 7" in result.out
     assert "2 min 10 s" in result.out
     assert "a note [with] brackets" in result.err
+
+
+def test_memory_predicted_and_measured(d2q):
+    plan = d2q("plan", "m", "--to", "fake").out
+    assert "GPU memory    at most about 3.0 GiB, budget 4.0 GiB\n" in plan
+    assert "host memory   at most about 2.0 GiB, budget 5.0 GiB\n" in plan
+    assert "activations   on disk, 9.0 GiB\n" in plan
+    facts = d2q("plan", "m", "--to", "fake", "--json").json["memory"]
+    assert (facts["activations"], facts["disk_bytes"]) == ("disk", 9 * GIB)
+    assert (facts["gpu"]["peak"], facts["gpu"]["budget"], facts["gpu"]["phase"]) == (
+        3 * GIB,
+        4 * GIB,
+        "sweep",
+    )
+    done = d2q("to-fake", "m").out
+    assert "peak 2.5 GiB, with the allocator's reserve 2.8 GiB; predicted 3.0 GiB" in done
+    assert "peak 1.0 GiB; predicted 2.0 GiB" in done
+    assert d2q("to-fake", "m", "--json", "--overwrite").json["memory"] == {
+        "activations": "disk",
+        "gpu_allocated": int(2.5 * GIB),
+        "gpu_reserved": int(2.75 * GIB),
+        "gpu_predicted": 3 * GIB,
+        "host": GIB,
+        "is_host_with_files": False,
+        "host_predicted": 2 * GIB,
+        "disk_bytes": 9 * GIB,
+    }
 
 
 def test_quiet_prints_the_last_line_alone(d2q):

@@ -1,6 +1,7 @@
 """What makes two runs the same, and what is refused before one begins."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,24 +11,35 @@ import d2qconv
 from d2qconv.errors import InputError
 from d2qconv.export.base import Carrier
 from d2qconv.fold.corrections import FoldRecord
+from d2qconv.gather import calibration_tokens, read_weights
 from d2qconv.pipeline import (
     Job,
-    _calibration,
     _carried,
     _check_work_dir,
     _open_store,
-    _read_all,
     _run_spec,
+    _source,
     choose_device,
     plan,
 )
 from d2qconv.progress import Unwatched
 from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
+from d2qconv.team import Team
 from d2qconv_gguf import INFO, GgufOptions
 
 MODEL = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
 SPEC = RunSpec(
-    "0", "2.0", "gguf", "m", Recipe(), CalibrationSpec(), "t", {"blk.0.q.weight": "q2_k"}, "bias", "cpu"
+    "0",
+    "2.0",
+    "gguf",
+    "m",
+    Recipe(),
+    CalibrationSpec(),
+    "t",
+    {"blk.0.q.weight": "q2_k"},
+    "bias",
+    "none",
+    "cpu",
 )
 
 
@@ -45,6 +57,7 @@ SPEC = RunSpec(
         {"tokens": "u"},
         {"storage": {"blk.0.q.weight": "q3_k"}},
         {"carrier": "none"},
+        {"last_pass": "model"},
         {"device": "cuda"},
     ],
     ids=lambda change: next(iter(change)),
@@ -59,25 +72,29 @@ def job(tmp_path, **changes):
     return replace(Job(str(MODEL), INFO, GgufOptions(), tmp_path / "m.gguf", device="cpu"), **changes)
 
 
+def weights(asked):
+    return read_weights(_source(plan(asked)), Unwatched())
+
+
 def test_a_copied_model_is_the_same_model_and_a_changed_weight_another(tmp_path):
     copy = tmp_path / "elsewhere"
     shutil.copytree(MODEL, copy, copy_function=shutil.copyfile)
-    digest = _read_all(plan(job(tmp_path)), Unwatched())
-    assert _read_all(plan(job(tmp_path, model=str(copy))), Unwatched()) == digest
+    digest = weights(job(tmp_path))
+    assert weights(job(tmp_path, model=str(copy))) == digest
     file = copy / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert _read_all(plan(job(tmp_path, model=str(copy))), Unwatched()) != digest
+    assert weights(job(tmp_path, model=str(copy))) != digest
 
 
 @pytest.mark.parametrize(
     "recipe",
     [Recipe(damping=0), Recipe(damping=-1), Recipe(damping=float("nan")), Recipe(asymmetry=1.5),
-     Recipe(asymmetry=float("nan"))],
+     Recipe(asymmetry=float("nan")), Recipe(dac_gate=-1), Recipe(polish=-1), Recipe(refine=-2)],
 )  # fmt: skip
 def test_impossible_numbers_are_refused(recipe):
-    with pytest.raises(InputError, match="must be"):
+    with pytest.raises(InputError, match=r"must be|a gate is|less than"):
         check_recipe(recipe)
 
 
@@ -115,13 +132,17 @@ def test_sampled_tokens_are_kept_and_another_job_in_the_same_folder_is_said(tmp_
 
     spec = CalibrationSpec("self", 4, 16)
     first = plan(job(tmp_path, calibration=spec))
-    tokens = _calibration(first, "content", Notes())
-    monkeypatch.setattr("d2qconv.pipeline.load_tokens", None)
-    assert _calibration(first, "content", Notes()).digest == tokens.digest
-    with _open_store(first, _run_spec(first, tokens, "content"), Notes()) as store:
-        store.write("input", {}, None)
-    other = replace(first, job=replace(first.job, recipe=Recipe(dsq=False)))
-    _open_store(other, _run_spec(other, tokens, "content"), Notes()).close()
+    alone = Team.alone()
+    tokens = calibration_tokens(_source(first), spec, 0, "content", alone, Notes())
+    monkeypatch.setattr("d2qconv.gather.load_tokens", None)
+    assert calibration_tokens(_source(first), spec, 0, "content", alone, Notes()).digest == tokens.digest
+    with ExitStack() as stack:
+        _open_store(first, _run_spec(first, tokens, "content"), alone, stack, Notes()).write(
+            "input", {}, None
+        )
+    other = replace(first, job=replace(first.job, recipe=Recipe(dsq=True)))
+    with ExitStack() as stack:
+        _open_store(other, _run_spec(other, tokens, "content"), alone, stack, Notes())
     assert "1 finished parts of another job were discarded" in notes[0]
 
 

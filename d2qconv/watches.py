@@ -1,0 +1,114 @@
+"""Progress as a person sees it: lines, or a bar on a terminal, with the time left. `console` gives them a place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn, TaskID
+
+#: Seconds between two progress lines where there is no terminal.
+LINE_EVERY = 10.0
+
+
+class LineWatch:
+    """Plain lines, one at a stage's beginning and then at most one every `LINE_EVERY` seconds."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._name = ""
+        self._total = 0
+        self._began = self._last = clock()
+
+    def stage(self, name: str, total: int) -> None:
+        """Say that the stage begins."""
+        self._name, self._total = name, total
+        self._began = self._last = self._clock()
+        self._write(f"{name} …" if total == 0 else f"{name} … {total} steps")
+
+    def step(self, done: int, what: str) -> None:
+        """Say how far it is, if the last line is old enough."""
+        now = self._clock()
+        if now - self._last < LINE_EVERY:
+            return
+        self._last = now
+        of = f"{done}/{self._total}" if self._total else str(done)
+        left = time_left(now - self._began, done, self._total) or 0.0
+        ahead = f", {duration(left)} left" if left else ""
+        self._write(f"{self._name} {of} {what}{ahead}".rstrip())
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        self._write(text)
+
+
+def time_left(elapsed: float, done: int, total: int) -> float | None:
+    """Seconds, if the steps to come take as long as those done took on average; None where that is not known."""
+    return elapsed / done * (total - done) if done and total else None
+
+
+class BarWatch:
+    """One bar a stage, with the time left. `ends`: when the stage will end, by `clock`; None if not known yet."""
+
+    def __init__(self, progress: RichProgress, clock: Callable[[], float] = time.monotonic) -> None:
+        self._progress = progress
+        self._clock = clock
+        self._task: TaskID | None = None
+        self._total = 0
+        self._began = clock()
+
+    def stage(self, name: str, total: int) -> None:
+        """Complete the last bar, draw the next."""
+        self.close()
+        self._total, self._began = total, self._clock()
+        self._task = self._progress.add_task(name, total=total or None, what="", ends=None)
+
+    def step(self, done: int, what: str) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            now = self._clock()
+            left = time_left(now - self._began, done, self._total)
+            ends = None if left is None else now + left
+            self._progress.update(self._task, completed=done, what=what, ends=ends)
+
+    def note(self, text: str) -> None:
+        """Print it above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop the clock of the last bar."""
+        if self._task is not None:
+            self._progress.update(self._task, what="")
+            self._progress.stop_task(self._task)
+
+
+def time_column() -> ProgressColumn:
+    """The time left, and of a finished stage the time it took.
+
+    rich's own column averages the last 30 seconds, and knows nothing while one block takes longer than that.
+    """
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class TimeColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if task.finished or task.stop_time is not None:
+                return Text(duration(task.elapsed or 0.0))
+            ends = task.fields["ends"]
+            return Text("" if ends is None else f"{duration(max(ends - time.monotonic(), 0.0))} left")
+
+    return TimeColumn()
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `2 min 10 s`, `8 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

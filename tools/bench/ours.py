@@ -10,15 +10,17 @@ from pathlib import Path
 # Exit code of d2qconv.errors.PlanError: the job cannot be done as asked.
 EXIT_REFUSED = 3
 
+# What all rows of --ladder but the last leave out.
+PLAIN = ("--order", "natural", "--polish", "0", "--refine", "0")
 # What each row of --ladder adds to the row above it.
 LADDER: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("RTN", ("--rounding", "nearest", "--no-refit", "--no-dsq", "--no-dac", "--asymmetry", "0")),
-    ("GPTQ", ("--rounding", "gptq", "--no-refit", "--no-dsq", "--no-dac", "--asymmetry", "0")),
-    ("+ refit", ("--rounding", "gptq", "--refit", "--no-dsq", "--no-dac", "--asymmetry", "0")),
-    ("+ DSQ", ("--rounding", "gptq", "--refit", "--dsq", "--no-dac", "--asymmetry", "0")),
-    ("+ DAC", ("--rounding", "gptq", "--refit", "--dsq", "--dac", "--asymmetry", "0")),
-    ("+ asymmetry", ("--rounding", "gptq", "--refit", "--dsq", "--dac")),
-    ("- DAC", ("--rounding", "gptq", "--refit", "--dsq", "--no-dac")),
+    ("RTN", ("--rounding", "nearest", "--no-refit", "--no-dsq", "--no-dac", "--asymmetry", "0", *PLAIN)),
+    ("GPTQ", ("--rounding", "gptq", "--no-refit", "--no-dsq", "--no-dac", "--asymmetry", "0", *PLAIN)),
+    ("+ refit", ("--rounding", "gptq", "--refit", "--no-dsq", "--no-dac", "--asymmetry", "0", *PLAIN)),
+    ("+ DSQ", ("--rounding", "gptq", "--refit", "--dsq", "--no-dac", "--asymmetry", "0", *PLAIN)),
+    ("+ DAC", ("--rounding", "gptq", "--refit", "--dsq", "--dac", "--asymmetry", "0", *PLAIN)),
+    ("+ asymmetry", ("--rounding", "gptq", "--refit", "--dsq", "--dac", *PLAIN)),
+    ("default", ()),
 )
 
 

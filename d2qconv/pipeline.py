@@ -16,7 +16,7 @@ import torch
 
 from d2qconv import __version__
 from d2qconv.arch.bind import bind
-from d2qconv.arch.spec import Architecture, ModelDesc
+from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import CUDA_CONTEXT, PeakMeter, Peaks, choose_budget
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
@@ -166,7 +166,7 @@ def plan(job: Job) -> Planned:
         [
             *target.refusals,
             *source.refusals,
-            *_fold_refusals(desc.arch, job.recipe, target),
+            *_fold_refusals(desc, job.recipe, target),
             *footprint.refusals,
         ]
     )
@@ -271,8 +271,12 @@ def choose_device(wanted: str | None) -> torch.device:
     return device
 
 
-def _fold_refusals(arch: Architecture, recipe: Recipe, target: TargetPlan) -> Iterator[Refusal]:
-    """What the architecture cannot fold although the recipe asks for it."""
+def _fold_refusals(desc: ModelDesc, recipe: Recipe, target: TargetPlan) -> Iterator[Refusal]:
+    """What the model cannot fold although the recipe asks for it."""
+    arch = desc.arch
+    if recipe.dac_final and desc.is_tied:
+        why = "the head is the embedding, and a change of it would change what the first block reads"
+        yield Refusal("dac-final", why, "leave it out, or use --rotation, which unties the head")
     if recipe.dsq:
         yield from ScaleIntoRows().check(arch, Role.DOWN)
     if recipe.value_scales:

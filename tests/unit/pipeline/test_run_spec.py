@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import d2qconv
-from d2qconv.errors import InputError
+from d2qconv.errors import InputError, PlanError
 from d2qconv.export.base import Carrier
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.gather import calibration_tokens, read_weights
@@ -101,6 +101,12 @@ def test_impossible_numbers_are_refused(recipe):
 def test_contradictions_are_refused_by_the_plan(tmp_path):
     with pytest.raises(InputError, match="no shift to carry"):
         plan(job(tmp_path, recipe=Recipe(dac=False), carrier=Carrier.RANK1))
+
+
+def test_a_shift_of_the_final_norm_needs_a_head_of_its_own(tmp_path):
+    with pytest.raises(PlanError, match="the head is the embedding"):
+        plan(job(tmp_path, recipe=Recipe(dac_final=True)))
+    assert not plan(job(tmp_path, recipe=Recipe(dac_final=True, rotation="hadamard"))).desc.is_tied
 
 
 @pytest.mark.parametrize("device", ["meta", "tpu", "cuda:99"])

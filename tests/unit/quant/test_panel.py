@@ -63,7 +63,7 @@ def test_drift_pulls_what_the_column_or_the_source_weighs():
     assert not torch.equal(*seen)
 
 
-def compare(name, n, is_scaled, with_drift, with_pull):
+def compare(name, n, is_scaled, with_drift, with_pull, with_old):
     """Both ways on one panel; raises AssertionError."""
     from dataclasses import replace
 
@@ -74,12 +74,13 @@ def compare(name, n, is_scaled, with_drift, with_pull):
         torch.triu(torch.randn(n, n, generator=torch.Generator().manual_seed(1)), 1) if with_drift else None
     )
     pull = torch.randn(rest.shape, generator=torch.Generator().manual_seed(2)) if with_pull else None
+    old = torch.randn(rest.shape, generator=torch.Generator().manual_seed(3)) * 0.05 if with_old else None
     lattice = grid.lattice(params, group)
     assert lattice is not None
     results = []
     for way in ("plain", "kernel"):
         mine = rest.clone()
-        panel = Panel(mine, factor, places, drift, pull)
+        panel = Panel(mine, factor, places, drift, pull, old)
         codes, errors = torch.empty(n, 37, dtype=torch.uint8), torch.empty(n, 37)
         if way == "plain":
             round_panel(panel, grid, params, codes, errors)
@@ -95,11 +96,12 @@ def compare(name, n, is_scaled, with_drift, with_pull):
 
 
 CASES = (
-    ("q2_k", 16, False, False, False),
-    ("q3_k", 16, True, True, False),
-    ("q4_k", 32, False, True, True),
-    ("q4_0", 32, True, False, False),
-    ("q8_0", 24, False, False, False),
+    ("q2_k", 16, False, False, False, False),
+    ("q3_k", 16, True, True, False, False),
+    ("q4_k", 32, False, True, True, False),
+    ("q4_0", 32, True, False, False, True),
+    ("q8_0", 24, False, False, False, False),
+    ("q2_k", 16, False, False, False, True),
 )
 
 

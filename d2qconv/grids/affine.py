@@ -26,7 +26,7 @@ from torch import Tensor
 
 from d2qconv.errors import InputError, Refusal
 from d2qconv.grids.affine_fit import Clip, Storage, Zero, fit_group
-from d2qconv.grids.base import Exactness, Lattice, Params
+from d2qconv.grids.base import Exactness, Lattice, Params, matrix_refusal
 from d2qconv.grids.scaling import scaled_rows
 
 #: Groups that the formats know, columns.
@@ -111,11 +111,10 @@ class AffineGrid:
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
         where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
-        if len(shape) != 2:
-            return Refusal(where, "only matrices can be quantized", "store this tensor as f32 or f16")
-        n_out, n_in = shape
-        if n_out < 1 or n_in < 1:
-            return Refusal(where, "the matrix is empty", "check the checkpoint's config against its tensors")
+        refusal = matrix_refusal(where, shape)
+        if refusal is not None:
+            return refusal
+        n_in = shape[1]
         if n_in % self.group == 0 and not (self.is_per_channel and n_in != self.group):
             return None
         if self.is_per_channel:

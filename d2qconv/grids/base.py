@@ -134,6 +134,15 @@ class Grid(Protocol):
         """
 
 
+def matrix_refusal(where: str, shape: Sequence[int]) -> Refusal | None:
+    """Why no grid can hold a tensor of that shape, or None: it is no matrix, or one without weights."""
+    if len(shape) != 2:
+        return Refusal(where, "only matrices can be quantized", "store this tensor as f32 or f16")
+    if min(shape) < 1:
+        return Refusal(where, "the matrix is empty", "check the checkpoint's config against its tensors")
+    return None
+
+
 def take_rows(params: Params, index: Tensor) -> dict[str, Tensor]:
     """Params of the rows in `index` (i64[n]), in that order. Shared parameters stay shared."""
     return {name: p if p.shape[0] == 1 else p[index] for name, p in params.items()}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.errors import InputError, Refusal
-from d2qconv.grids.base import Exactness, Params
+from d2qconv.grids.base import Exactness, Params, matrix_refusal
 from d2qconv.grids.scaling import scaled_rows
 from d2qconv.ir.coded import Coded
 from d2qconv.quant.dsq import SCALE
@@ -94,11 +94,10 @@ class DualScale:
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
         where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
-        if len(shape) != 2:
-            return Refusal(where, "only matrices can be quantized", "store this tensor as f32 or f16")
-        n_out, n_in = shape
-        if n_out < 1 or n_in < 1:
-            return Refusal(where, "the matrix is empty", "check the checkpoint's config against its tensors")
+        refusal = matrix_refusal(where, shape)
+        if refusal is not None:
+            return refusal
+        n_in = shape[1]
         if n_in % self.block == 0:
             return None
         why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"

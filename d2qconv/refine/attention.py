@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2qconv.arch.spec import ModelDesc
 from d2qconv.decoder.block import Block, Past
-from d2qconv.decoder.rope import cos_sin, rotate
-from d2qconv.names import Role
 
 #: Bytes of one score matrix; about four of them are in memory at a time.
 SCORE_BYTES = 1 << 27
@@ -80,27 +77,14 @@ def _shares(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class SteadyBlock(Block):
-    """A block whose attention is `CausalAttention`. turns: see `turns`; sequences are of that length."""
-
-    turns: tuple[Tensor, Tensor] = field(kw_only=True)
+    """A block whose attention is `CausalAttention`."""
 
     def mix(self, h: Tensor, past: Past | None = None) -> Tensor:
         """See `Block.mix`; whole sequences only."""
         assert past is None, "the last pass computes whole sequences"
         dims = self.desc.dims
         n_seq, length, _ = h.shape
-        q = self.linear(Role.Q, h).view(n_seq, length, dims.n_heads, dims.head)
-        k = self.linear(Role.K, h).view(n_seq, length, dims.n_kv_heads, dims.head)
-        v = self.linear(Role.V, h).view(n_seq, length, dims.n_kv_heads, dims.head)
-        if self.desc.arch.has_qk_norm:
-            q, k = self.norm(Role.Q_NORM, q), self.norm(Role.K_NORM, k)
-        q, k = (rotate(t.transpose(1, 2), *self.turns) for t in (q, k))
-        v = v.transpose(1, 2)
+        q, k, v = self._heads(h, 0)
         q = q.reshape(n_seq * dims.n_kv_heads, -1, length, dims.head)
         mixed: Tensor = CausalAttention.apply(q, k.flatten(0, 1), v.flatten(0, 1))  # type: ignore[no-untyped-call]
         return mixed.view(n_seq, dims.n_heads, length, dims.head).transpose(1, 2).reshape(n_seq, length, -1)
-
-
-def turns(desc: ModelDesc, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. length, computed once for all blocks and steps."""
-    return cos_sin(desc.rope, desc.dims.head, range(length), device)

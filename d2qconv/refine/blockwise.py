@@ -16,7 +16,7 @@ from torch import Tensor
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.precision import tensor_cores
-from d2qconv.refine.attention import SteadyBlock, turns
+from d2qconv.refine.attention import SteadyBlock
 from d2qconv.refine.descent import backward, descend, forward, judge
 from d2qconv.refine.parameters import Pool, TrainedBlock, computed, count, plain
 from d2qconv.refine.settings import RefineNotes, RefineSettings, Share
@@ -78,11 +78,10 @@ def refine_block(
         why = "no steps were asked for" if share else "one sequence is not enough to train and to judge"
         return block, RefineNotes(0, False, why)
     device = next(iter(block.norms.values())).device
-    turned = turns(desc, shape[1], device)
     task = _Task(inputs, targets, share)
-    before = task.losses(computed(desc, block, turned))
+    before = task.losses(computed(desc, block))
     pool = Pool(count(block), device)
-    trained = TrainedBlock.of(desc, block, pool, turned)
+    trained = TrainedBlock.of(desc, block, pool)
     with tensor_cores():
         steps, is_finite = descend(
             pool,
@@ -95,7 +94,7 @@ def refine_block(
     if not is_finite:
         return block, judge(steps, before, None, "the error of the block's output")
     new = trained.stored()
-    notes = judge(steps, before, task.losses(computed(desc, new, turned)), "the error of the block's output")
+    notes = judge(steps, before, task.losses(computed(desc, new)), "the error of the block's output")
     return (new if notes.kept else block), notes
 
 

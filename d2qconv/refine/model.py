@@ -16,7 +16,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.decoder.block import Ends
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.precision import tensor_cores
-from d2qconv.refine.attention import SteadyBlock, turns
+from d2qconv.refine.attention import SteadyBlock
 from d2qconv.refine.descent import backward, descend, forward, judge
 from d2qconv.refine.divergence import divergence, divergence_backward
 from d2qconv.refine.ends import HeldEnds, TrainedEnds
@@ -48,8 +48,7 @@ class _Task:
         self, desc: ModelDesc, blocks: Sequence[QuantizedBlock], ends: HeldEnds
     ) -> tuple[float, float]:
         """Of everything in storage precision, on the sample of the trained sequences and on the reserved ones."""
-        turned = turns(desc, self.tokens.shape[1], self.tokens.device)
-        makers = [lambda block=block: computed(desc, block, turned) for block in blocks]
+        makers = [lambda block=block: computed(desc, block) for block in blocks]
         ready = ends.decoded(desc)
         with tensor_cores(False):
             return self.loss(makers, ready, self.share.sample), self.loss(makers, ready, self.share.reserved)
@@ -101,8 +100,7 @@ def refine_model(
     task = _Task(source, source_final, tokens, share)
     before = task.losses(desc, blocks, ends)
     pool = Pool(_count(blocks, ends), tokens.device)
-    turned = turns(desc, tokens.shape[1], tokens.device)
-    trained = [TrainedBlock.of(desc, block, pool, turned) for block in blocks]
+    trained = [TrainedBlock.of(desc, block, pool) for block in blocks]
     trained_ends = TrainedEnds.of(desc, ends, pool)
     with tensor_cores():
         steps, is_finite = descend(

@@ -186,16 +186,13 @@ class TrainedBlock:
 
     desc: ModelDesc
     block: QuantizedBlock
-    turns: tuple[Tensor, Tensor]
     weights: dict[Role, TrainedMatrix | TrainedGain] = field(default_factory=dict)
     biases: dict[Role, TrainedBias] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, desc: ModelDesc, block: QuantizedBlock, pool: Pool, turns: tuple[Tensor, Tensor]
-    ) -> TrainedBlock:
+    def of(cls, desc: ModelDesc, block: QuantizedBlock, pool: Pool) -> TrainedBlock:
         """A block whose parameters are the next ones of the pool."""
-        made = cls(desc, block, turns)
+        made = cls(desc, block)
         for role, held in block.linears.items():
             if isinstance(held, Coded):
                 made.weights[role] = TrainedMatrix.of(held, pool)
@@ -211,7 +208,7 @@ class TrainedBlock:
             r: plain(held.float()) for r, held in self.block.linears.items() if isinstance(held, Tensor)
         }
         biases = {role: trained.value() for role, trained in self.biases.items()}
-        return SteadyBlock(self.desc, weights, biases, turns=self.turns)
+        return SteadyBlock(self.desc, weights, biases)
 
     def backward(self, block: SteadyBlock) -> None:
         """Carry the gradients of `block`'s tensors on to the parameters, one tensor at a time; they are used up."""
@@ -249,11 +246,11 @@ class TrainedBlock:
 
 
 @torch.no_grad()
-def computed(desc: ModelDesc, block: QuantizedBlock, turns: tuple[Tensor, Tensor]) -> SteadyBlock:
+def computed(desc: ModelDesc, block: QuantizedBlock) -> SteadyBlock:
     """A block in storage precision, ready to compute."""
     weights = {role: decoded(held) for role, held in block.linears.items()}
     weights |= {role: gain.float() for role, gain in block.norms.items()}
-    return SteadyBlock(desc, weights, {r: b.float() for r, b in block.biases.items()}, turns=turns)
+    return SteadyBlock(desc, weights, {r: b.float() for r, b in block.biases.items()})
 
 
 def to_storage(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -277,8 +277,7 @@ def gradients(case):
     task = _Task(case.ends, lambda rows: case.inputs[-1][rows], case.tokens, share)
     sizes = {k: n + sum(count(b)[k] for b in case.blocks) for k, n in case.held.count().items()}
     pool = Pool(sizes, torch.device("cpu"))
-    turned = attention.turns(case.desc, 32, torch.device("cpu"))
-    trained = [TrainedBlock.of(case.desc, b, pool, turned) for b in case.blocks]
+    trained = [TrainedBlock.of(case.desc, b, pool) for b in case.blocks]
     ends = TrainedEnds.of(case.desc, case.held, pool)
     loss = task.gradient(trained, ends, slice(0, 36))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -131,10 +132,19 @@ class ColumnScaled:
         return {**scaled, SCALE: params[SCALE]}, exactness
 
 
+@runtime_checkable
+class HasInner(Grid, Protocol):
+    """A grid with column scales under the name SCALE, and the same grid without them."""
+
+    @property
+    def inner(self) -> Grid:
+        """Its values times the column scales are this grid's."""
+
+
 def split(coded: Coded) -> tuple[Coded, Tensor]:
     """Take the column scales out: (the matrix on the inner grid, c f32[n_in]); decode = inner decode · c."""
     grid = coded.grid
-    if not isinstance(grid, ColumnScaled):
+    if SCALE not in coded.params or not isinstance(grid, HasInner):
         raise TypeError(f"{grid.id} has no column scales")
     params = {name: p for name, p in coded.params.items() if name != SCALE}
     return Coded(grid.inner, coded.shape, coded.codes, params), coded.params[SCALE].reshape(-1)

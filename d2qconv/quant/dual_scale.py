@@ -25,7 +25,6 @@ from torch import Tensor
 from d2qconv.errors import InputError, Refusal
 from d2qconv.grids.base import Exactness, Params, matrix_refusal
 from d2qconv.grids.scaling import scaled_rows
-from d2qconv.ir.coded import Coded
 from d2qconv.quant.dsq import SCALE
 
 N_ITERATIONS = 15
@@ -147,15 +146,6 @@ class DualScale:
     def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
         """The row scales times scale_i, rounded to storage; see `Grid.scale_rows` and `scaled_rows`."""
         return scaled_rows(params, self.scales, scale, self.id)
-
-
-def split(coded: Coded) -> tuple[Coded, Tensor]:
-    """Take the column scales out: (the matrix on the inner grid, c f32[n_in]); decode = inner decode · c."""
-    grid = coded.grid
-    if not isinstance(grid, DualScale) or not grid.has_columns:
-        raise TypeError(f"{grid.id} has no column scales")
-    params = {name: p for name, p in coded.params.items() if name != SCALE}
-    return Coded(grid.inner, coded.shape, coded.codes, params), coded.params[SCALE].reshape(-1)
 
 
 def _signs(codes: Tensor, bits: int) -> Tensor:

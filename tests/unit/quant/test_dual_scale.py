@@ -11,8 +11,8 @@ from d2qconv.errors import InputError
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid, take_block
 from d2qconv.ir.coded import Coded
-from d2qconv.quant.dsq import SCALE, ColumnScaled
-from d2qconv.quant.dual_scale import DualScale, split
+from d2qconv.quant.dsq import SCALE, ColumnScaled, split
+from d2qconv.quant.dual_scale import DualScale
 from d2qconv.quant.hessian import inverse_factor
 from d2qconv.quant.sweep import gptq, round_to_nearest
 

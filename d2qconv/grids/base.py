@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from d2qconv.errors import Refusal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 #: name of a parameter -> tensor [n_out or 1, n_blocks, ...] in storage dtype
@@ -73,11 +74,11 @@ class Grid(Protocol):
 
     @property
     def step(self) -> int:
-        """Columns covered by one code; divides `group`. 1 for scalar grids."""
+        """Columns covered by one code; divides `group`. 1 for scalar grids; more for a `VectorGrid`."""
 
     @property
     def levels(self) -> int:
-        """Number of codes; at most 256."""
+        """Number of codes, all of them legal: at most 256 for scalar grids, 2^31 for others."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -111,14 +112,14 @@ class Grid(Protocol):
         """Codes whose DECODED value is nearest to w.
 
         w: f32[n_out, n] with n a multiple of `step`: the columns col .. col+n of ONE block.
-        params: of that block, `[n_out, 1, ...]`. Returns u8[n_out, n/step].
+        params: of that block, `[n_out, 1, ...]`. Returns codes [n_out, n/step] in `code_dtype(levels)`.
         """
 
     def decode(self, codes: Tensor, params: Params, col: int = 0) -> Tensor:
         """Values of codes, computed in f32 in the runtime's own order of operations.
 
-        codes: u8[n_out, n/step]: columns col .. col+n; params `[n_out, n_blocks, ...]` of the blocks that these
-        columns lie in (whole blocks from col 0, or a part of one block). Returns f32[n_out, n].
+        codes: [n_out, n/step] in `code_dtype(levels)`: columns col .. col+n; params `[n_out, n_blocks, ...]` of the
+        blocks that these columns lie in (whole blocks from col 0, or a part of one block). Returns f32[n_out, n].
         """
 
     def lattice(self, params: Params, group: int) -> Lattice | None:
@@ -132,6 +133,49 @@ class Grid(Protocol):
 
         scale: f32[n_out], any finite value but 0. Codes stay.
         """
+
+
+class VectorGrid(Grid, Protocol):
+    """A grid whose codes cover `step` > 1 columns, so that which code is best depends on how their errors add up.
+
+    metric: f32[n / step, step, step], symmetric and positive definite, one for every run of `step` columns, the same
+    for all rows: an error e of a run costs eᵀ metric e.
+    """
+
+    def encode_vectors(self, w: Tensor, params: Params, col: int, metric: Tensor) -> Tensor:
+        """`encode` under a metric: the cheapest code of every run that the grid's search finds."""
+
+    def refit_vectors(self, params: Params, group: int, w: Tensor, metric: Tensor) -> Params:
+        """`refit` under a metric instead of an importance; `encode_vectors` under it then costs no more than before."""
+
+
+def is_vector(grid: Grid) -> TypeGuard[VectorGrid]:
+    """Whether a code covers several columns: then the grid is a VectorGrid."""
+    return grid.step > 1
+
+
+def code_dtype(levels: int) -> torch.dtype:
+    """The dtype of codes 0 .. levels - 1."""
+    import torch
+
+    return torch.uint8 if levels <= 256 else torch.int32
+
+
+def diagonal_metric(importance: Tensor, step: int) -> Tensor:
+    """The metric in which column j's squared error costs importance_j: f32[n] → f32[n / step, step, step]."""
+    import torch
+
+    return torch.diag_embed(importance.view(-1, step))
+
+
+def encode_weighed(grid: Grid, w: Tensor, params: Params, importance: Tensor, col: int = 0) -> Tensor:
+    """The codes of one block's columns col .. col+n whose errors cost least under an importance per column.
+
+    w: f32[n_out, n]; importance: f32[n]. For a scalar grid these are the nearest codes, whatever the importance.
+    """
+    if is_vector(grid):
+        return grid.encode_vectors(w, params, col, diagonal_metric(importance, grid.step))
+    return grid.encode(w, params, col)
 
 
 def matrix_refusal(where: str, shape: Sequence[int]) -> Refusal | None:

@@ -19,7 +19,8 @@ from d2qconv.grids.base import Exactness, Grid, Params, take_rows
 class Coded:
     """A quantized matrix.
 
-    shape: (n_out, n_in). codes: u8[n_out, n_in / grid.step]. params: see `d2qconv.grids.base`.
+    shape: (n_out, n_in). codes: [n_out, n_in / grid.step] in `code_dtype(grid.levels)`.
+    params: see `d2qconv.grids.base`.
     """
 
     grid: Grid

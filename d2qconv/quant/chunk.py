@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from d2qconv.grids.base import Grid, Params
-from d2qconv.quant.panel import Panel, round_panel
+from d2qconv.grids.base import Grid, Params, is_vector
+from d2qconv.quant.panel import Panel, hand_on, local_metrics, round_panel, round_vectors
 from d2qconv.timing import timed
 
 #: Columns of a panel, at most; a panel lies in one group.
@@ -44,7 +44,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Where a chunk's results go. codes: u8[n / step, n_out]; errors: f32[n, n_out], for the columns behind it."""
+    """Where a chunk's results go.
+
+    codes: [n / step, n_out], in the grid's `code_dtype`. errors: f32[n, n_out], for the columns behind it.
+    """
 
     codes: Tensor
     errors: Tensor
@@ -52,7 +55,8 @@ class Rounded:
 
 def round_chunk(chunk: Chunk, grid: Grid, into: Rounded, *, is_refit: bool) -> Sequence[Params]:
     """Fill `into`; returns the parameters of every block in the order of the sweep."""
-    work = _Work(chunk, grid, into, is_refit)
+    metric = local_metrics(chunk.factor, grid.step) if grid.step > 1 else None
+    work = _Work(chunk, grid, into, is_refit, metric)
     return [work.block(start) for start in range(0, len(chunk.rest), grid.block)]
 
 
@@ -62,6 +66,7 @@ class _Work:
     grid: Grid
     into: Rounded
     is_refit: bool
+    metric: Tensor | None
 
     def block(self, start: int) -> Params:
         """Round the block at position `start`."""
@@ -76,13 +81,24 @@ class _Work:
             group = self._place(first) % grid.block // grid.group
             if self.is_refit and self.chunk.given is None:
                 with timed("fit"):
-                    params = grid.refit(params, group, *self._natural(first, first + grid.group))
+                    params = self._refit(params, group, first)
             with timed("sweep"):
                 for left in range(first, first + grid.group, PANEL_COLUMNS):
                     columns = slice(left, min(left + PANEL_COLUMNS, first + grid.group))
                     self._panel(columns, group, params)
                     self._hand_on(columns)
         return params
+
+    def _refit(self, params: Params, group: int, first: int) -> Params:
+        """The inner parameters of the group at position `first`, chosen again."""
+        grid, step, stop = self.grid, self.grid.step, first + self.grid.group
+        w, importance = self._natural(first, stop)
+        if self.metric is None or not is_vector(grid):
+            return grid.refit(params, group, w, importance)
+        metric = self.metric[first // step : stop // step]
+        if self.chunk.places is not None:
+            metric = metric[self.chunk.places[first:stop:step].argsort().to(metric.device)]
+        return grid.refit_vectors(params, group, w, metric)
 
     def _place(self, position: int) -> int:
         return position if self.chunk.places is None else int(self.chunk.places[position])
@@ -106,11 +122,17 @@ class _Work:
             drift=None if chunk.drift is None else chunk.drift[columns, columns],
             pull=None if chunk.pull is None else chunk.pull[columns],
             old=None if chunk.old is None else chunk.old[columns],
+            metric=None
+            if self.metric is None
+            else self.metric[columns.start // grid.step : columns.stop // grid.step],
         )
         codes = self.into.codes[columns.start // grid.step : columns.stop // grid.step]
         errors = self.into.errors[columns]
+        if is_vector(grid):
+            round_vectors(panel, grid, params, codes, errors)
+            return
         lattice = grid.lattice(params, group) if chunk.rest.is_cuda and has_triton() else None
-        if lattice is None or grid.step > 1:
+        if lattice is None:
             round_panel(panel, grid, params, codes, errors)
             return
         from d2qconv.quant import panel_triton
@@ -135,20 +157,6 @@ class _Work:
             None if chunk.drift is None else chunk.drift[done, done.stop :],
             pull,
         )
-
-
-def hand_on(
-    later: Tensor, factor: Tensor, errors: Tensor, drift: Tensor | None = None, pull: Tensor | None = None
-) -> None:
-    """Later −= Uᵀ errors, and += Pᵀ pull where there is drift.
-
-    later: f32[m, n_out], in place. factor, drift: f32[n, m]. errors, pull: f32[n, n_out].
-    """
-    if not len(later):
-        return
-    later.addmm_(factor.T, errors, alpha=-1)
-    if drift is not None and pull is not None:
-        later.addmm_(drift.T, pull)
 
 
 @cache

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.errors import Refusal
-from d2qconv.grids.base import Exactness, Grid, Lattice, Params
+from d2qconv.grids.base import Exactness, Grid, Lattice, Params, VectorGrid, encode_weighed, is_vector
 from d2qconv.ir.coded import Coded
 
 #: Name of the column scales among the params, f32[1, n_blocks, block].
@@ -88,7 +88,9 @@ class ColumnScaled:
         c = torch.ones_like(importance)
         for round_number in range(N_ROUNDS + 1):
             params = {**self.inner.fit(w / c, importance * c.square()), SCALE: c[None, None, :]}
-            q = self.inner.decode(self.inner.encode(w / c, params, 0), params, 0)
+            q = self.inner.decode(
+                encode_weighed(self.inner, w / c, params, importance * c.square()), params, 0
+            )
             loss = (self._over_rows((w - q * c).square().sum(0)) * importance).sum()
             # The choice is made on the device: nothing waits for it.
             is_better = loss < best_loss
@@ -114,6 +116,22 @@ class ColumnScaled:
         """Inner codes of w/c."""
         return self.inner.encode(w / params[SCALE][0, 0, col : col + w.shape[1]], params, col)
 
+    def encode_vectors(self, w: Tensor, params: Params, col: int, metric: Tensor) -> Tensor:
+        """Inner codes of w/c; an error of w/c is c times as large in w."""
+        c = params[SCALE][0, 0, col : col + w.shape[1]]
+        return self._vectors().encode_vectors(w / c, params, col, _scaled(metric, c))
+
+    def refit_vectors(self, params: Params, group: int, w: Tensor, metric: Tensor) -> Params:
+        """Inner refit of the scaled weights; c stays."""
+        first = group * self.group
+        c = params[SCALE][0, 0, first : first + self.group]
+        return self._vectors().refit_vectors(params, group, w / c, _scaled(metric, c))
+
+    def _vectors(self) -> VectorGrid:
+        inner = self.inner
+        assert is_vector(inner), f"codes of {inner.id} cover one column"
+        return inner
+
     def decode(self, codes: Tensor, params: Params, col: int = 0) -> Tensor:
         """Inner values times c, rounded to f32."""
         q = self.inner.decode(codes, params, col)
@@ -130,6 +148,12 @@ class ColumnScaled:
         """As inner."""
         scaled, exactness = self.inner.scale_rows(params, scale)
         return {**scaled, SCALE: params[SCALE]}, exactness
+
+
+def _scaled(metric: Tensor, c: Tensor) -> Tensor:
+    """What errors of w/c cost: metric_ij c_i c_j in every run. metric: f32[n / step, step, step]; c: f32[n]."""
+    runs = c.view(len(metric), -1)
+    return metric * runs[:, :, None] * runs[:, None, :]
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from d2qconv.grids.base import Grid, Params
+from d2qconv.grids.base import Grid, Params, code_dtype
 from d2qconv.quant.chunk import Chunk, Rounded, round_chunk
 
 #: Shapes kept: a model has three or four.
@@ -54,7 +54,7 @@ def recorded(grid: Grid, n: int, n_out: int, device: torch.device, *, is_refit: 
             importance=torch.ones(n, device=device),
         )
         into = Rounded(
-            torch.zeros(n // grid.step, n_out, dtype=torch.uint8, device=device),
+            torch.zeros(n // grid.step, n_out, dtype=code_dtype(grid.levels), device=device),
             torch.zeros(n, n_out, device=device),
         )
         beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from d2qconv.grids.base import Grid, Params
+from d2qconv.grids.base import Grid, Params, VectorGrid
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Panel:
     places: their columns inside the block, as the grid numbers them; i64[n] on the CPU.
     old: f32[n, n_out] or None: the values that the columns have; then they are chosen again instead of compensated for.
     drift: f32[n, n] or None, their part of GPTAQ's P; then `pull`, f32[n, n_out], is what it is multiplied by: the
-    source's weights, or None for the column itself as the sweep reaches it.
+    source's weights, or None for the column itself as the sweep reaches it. metric: f32[n / step, step, step] for codes
+    of several columns (`local_metrics`), else None.
     """
 
     rest: Tensor
@@ -32,32 +34,72 @@ class Panel:
     drift: Tensor | None = None
     pull: Tensor | None = None
     old: Tensor | None = None
+    metric: Tensor | None = None
 
 
 def round_panel(panel: Panel, grid: Grid, params: Params, codes: Tensor, errors: Tensor) -> None:
     """Fill codes u8[n / step, n_out] and errors f32[n, n_out], which the columns to the right still have to lose.
 
     For column j: e_j = (w_j − ŵ_j) / U_jj; then for every k > j of the panel w_k −= U_jk e_j, and w_k += P_jk v_j with
-    v_j from `pull`. A code of `step` columns: e = U_bbᵀ⁻¹ (w − ŵ), and the same for all of them. With `old`, codes of
-    one column: e_j = ŵ_j − old_j.
+    v_j from `pull`. With `old`: e_j = ŵ_j − old_j. A code of several columns: see `round_vectors`.
     """
-    rest, step = panel.rest, grid.step
-    for first in range(0, len(rest), step):
-        last = first + step
-        w, place = rest[first:last], int(panel.places[first])
+    rest = panel.rest
+    for j in range(len(rest)):
+        w, place = rest[j : j + 1], int(panel.places[j])
         code = grid.encode(w.T, params, place)
-        codes[first // step : last // step] = code.T
+        codes[j] = code[:, 0]
         value = grid.decode(code, params, place).T
-        local = panel.factor[first:last, first:last]
-        if panel.old is not None:
-            error = value - panel.old[first:last]
-        elif step == 1:
-            error = (w - value) / local
-        else:
-            error = solve_triangular(local.T, w - value, upper=False)
-        errors[first:last] = error
-        for j in range(step):
-            rest[last:].sub_(panel.factor[first + j, last:, None] * error[j])
-            if panel.drift is not None:
-                pull = rest[first + j] if panel.pull is None else panel.pull[first + j]
-                rest[last:].add_(panel.drift[first + j, last:, None] * pull)
+        error = (w - value) / panel.factor[j, j] if panel.old is None else value - panel.old[j : j + 1]
+        errors[j] = error[0]
+        later = slice(j + 1, len(rest))
+        rest[later].sub_(panel.factor[j, later, None] * error)
+        if panel.drift is not None:
+            pull = rest[j] if panel.pull is None else panel.pull[j]
+            rest[later].add_(panel.drift[j, later, None] * pull)
+
+
+def round_vectors(panel: Panel, grid: VectorGrid, params: Params, codes: Tensor, errors: Tensor) -> None:
+    """`round_panel` for codes of `step` columns b: e = U_bbᵀ⁻¹ (w − ŵ), and w_k −= U_bkᵀ e for every k behind them.
+
+    ‖e‖² is what the run's error adds to the loss, so the code is chosen by it.
+    """
+    rest, step, metric = panel.rest, grid.step, panel.metric
+    assert metric is not None, "codes of several columns need a metric"
+    assert panel.old is None, "codes of several columns are not chosen again one by one"
+    for first in range(0, len(rest), step):
+        run, later = slice(first, first + step), slice(first + step, len(rest))
+        w, place, number = rest[run], int(panel.places[first]), first // step
+        code = grid.encode_vectors(w.T, params, place, metric[number : number + 1])
+        codes[number] = code[:, 0]
+        value = grid.decode(code, params, place).T
+        errors[run] = solve_triangular(panel.factor[run, run].T, w - value, upper=False)
+        drift = None if panel.drift is None else panel.drift[run, later]
+        pull = w if panel.pull is None else panel.pull[run]
+        hand_on(rest[later], panel.factor[run, later], errors[run], drift, pull)
+
+
+def local_metrics(factor: Tensor, step: int) -> Tensor:
+    """(U_bbᵀ U_bb)⁻¹ of every run b of `step` columns, f32[n / step, step, step]: ‖U_bbᵀ⁻¹ e‖² = eᵀ (U_bbᵀ U_bb)⁻¹ e.
+
+    factor: f32[n, n], upper triangular.
+    """
+    n_runs = len(factor) // step
+    runs = torch.arange(n_runs, device=factor.device)
+    local = factor.reshape(n_runs, step, n_runs, step)[runs, :, runs]
+    eye = torch.eye(step, device=factor.device).expand(n_runs, step, step)
+    inverse: Tensor = solve_triangular(local, eye, upper=True)
+    return inverse @ inverse.mT
+
+
+def hand_on(
+    later: Tensor, factor: Tensor, errors: Tensor, drift: Tensor | None = None, pull: Tensor | None = None
+) -> None:
+    """Later −= Uᵀ errors, and += Pᵀ pull where there is drift.
+
+    later: f32[m, n_out], in place. factor, drift: f32[n, m]. errors, pull: f32[n, n_out].
+    """
+    if not len(later):
+        return
+    later.addmm_(factor.T, errors, alpha=-1)
+    if drift is not None and pull is not None:
+        later.addmm_(drift.T, pull)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2qconv.grids.base import Grid, Params, stack_blocks, take_block
+from d2qconv.grids.base import Grid, Params, code_dtype, stack_blocks, take_block
 from d2qconv.ir.coded import Coded
 from d2qconv.quant.chunk import Chunk, Rounded, round_chunk
 from d2qconv.quant.sweep import LAZY_COLUMNS, round_fast
@@ -56,7 +56,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 @dataclass
 class _State:
-    """All transposed: values, gradient f32[n_in, n_out]; codes u8[n_in / step, n_out]."""
+    """All transposed: values, gradient f32[n_in, n_out]; codes [n_in / step, n_out]."""
 
     grid: Grid
     hessian: Tensor
@@ -153,7 +153,7 @@ class _State:
         n, n_out = self.values[chunk].shape
         device = self.values.device
         return Rounded(
-            torch.empty(n // self.grid.step, n_out, dtype=torch.uint8, device=device),
+            torch.empty(n // self.grid.step, n_out, dtype=code_dtype(self.grid.levels), device=device),
             torch.empty(n, n_out, device=device),
         )
 

@@ -6,8 +6,9 @@
   columns already in them, under the weights 1/U_jj²: the price of an error in column j once all later columns have
   compensated for it;
 - where the grid has inner parameters, they are chosen again when the sweep reaches their group;
-- a code covers `step` columns; its error e = (w − ŵ) U_bb⁻¹ is taken out of the columns to the right, e U_b,right.
-  For step 1 this is the familiar (w − ŵ)/U_jj.
+- a code covers `step` columns b; its error e = U_bbᵀ⁻¹ (w − ŵ) is taken out of the columns to the right, U_b,rightᵀ e.
+  For step 1 this is the familiar (w − ŵ)/U_jj. Which of the codes of several columns is best is decided by ‖e‖²,
+  which is what it adds to the loss.
 
 Errors are handed on in three ranges: column by column inside a panel (`d2qconv.quant.panel`), panel by panel inside a
 chunk (`d2qconv.quant.chunk`), and beyond that in one product. What comes back is codes and parameters in storage
@@ -23,10 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2qconv.grids.base import Grid, Params, stack_blocks
+from d2qconv.grids.base import Grid, Params, code_dtype, encode_weighed, stack_blocks
 from d2qconv.ir.coded import Coded
-from d2qconv.quant.chunk import Chunk, Rounded, hand_on, round_chunk
+from d2qconv.quant.chunk import Chunk, Rounded, round_chunk
 from d2qconv.quant.dsq import ColumnScaled
+from d2qconv.quant.panel import hand_on
 from d2qconv.timing import timed
 
 #: Columns whose errors are collected before they are taken out of the rest of the matrix in one product.
@@ -53,15 +55,12 @@ def round_to_nearest(w: Tensor, importance: Tensor, grid: Grid) -> Coded:
     w: f32[n_out, n_in]; importance: f32[n_in], positive (the Hessian's diagonal).
     """
     blocks: list[Params] = []
-    codes = torch.empty(w.shape[0], w.shape[1] // grid.step, dtype=torch.uint8, device=w.device)
+    codes: list[Tensor] = []
     for start in range(0, w.shape[1], grid.block):
         columns = slice(start, start + grid.block)
-        params = grid.fit(w[:, columns], importance[columns])
-        codes[:, start // grid.step : (start + grid.block) // grid.step] = grid.encode(
-            w[:, columns], params, 0
-        )
-        blocks.append(params)
-    return Coded(grid, (w.shape[0], w.shape[1]), codes, stack_blocks(blocks))
+        blocks.append(grid.fit(w[:, columns], importance[columns]))
+        codes.append(encode_weighed(grid, w[:, columns], blocks[-1], importance[columns]))
+    return Coded(grid, (w.shape[0], w.shape[1]), torch.cat(codes, 1), stack_blocks(blocks))
 
 
 def gptq(
@@ -90,7 +89,7 @@ def gptq(
         order=order,
         drift=None if drift is None else drift.p,
         pull=None if source is None else _taken(source.T, order),
-        codes=torch.empty(n_in // grid.step, n_out, dtype=torch.uint8, device=w.device),
+        codes=torch.empty(n_in // grid.step, n_out, dtype=code_dtype(grid.levels), device=w.device),
     )
     blocks = sweep.run()
     codes = sweep.codes

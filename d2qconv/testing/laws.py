@@ -24,7 +24,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2qconv.grids.base import Grid, Params, stack_blocks, take_block, take_rows
+from d2qconv.grids.base import (
+    Grid,
+    Params,
+    code_dtype,
+    encode_weighed,
+    is_vector,
+    stack_blocks,
+    take_block,
+    take_rows,
+)
 from d2qconv.ir.coded import Coded
 
 Array: TypeAlias = NDArray[np.generic]
@@ -55,13 +64,13 @@ def fit_and_encode(grid: Grid, w: Tensor, importance: Tensor) -> Coded:
     for start in range(0, w.shape[1], grid.block):
         columns = slice(start, start + grid.block)
         params.append(grid.fit(w[:, columns], importance[columns]))
-        codes.append(grid.encode(w[:, columns], params[-1], 0))
+        codes.append(encode_weighed(grid, w[:, columns], params[-1], importance[columns]))
     return Coded(grid, (w.shape[0], w.shape[1]), torch.cat(codes, 1), stack_blocks(params))
 
 
 def weighted_error(grid: Grid, w: Tensor, importance: Tensor, params: Params, col: int = 0) -> Tensor:
     """Σ_j importance_j (w_ij - decode_ij)² per row, in f64, of columns col.. of one block: f64[n_out]."""
-    values = grid.decode(grid.encode(w, params, col), params, col)
+    values = grid.decode(encode_weighed(grid, w, params, importance, col), params, col)
     return ((w.double() - values.double()).square() * importance.double()).sum(1)
 
 
@@ -93,7 +102,7 @@ def adversarial(block: int) -> dict[str, Tensor]:
 
 
 class GridLaws:
-    """The laws. n_blocks: blocks a row in the random matrices.
+    """The laws. n_blocks: blocks a row in the random matrices; n_rows: rows, where they are rounded.
 
     max_fit_error: relative squared error that a fit of Gaussian weights must stay below.
     """
@@ -102,6 +111,7 @@ class GridLaws:
     codec: ClassVar[ArrayCodec]
     max_fit_error: ClassVar[float]
     n_blocks: ClassVar[int] = 3
+    n_rows: ClassVar[int] = 24
 
     def random_packed(self, rng: np.random.Generator, n_out: int, n_in: int) -> Array:
         """Random legal bytes of a matrix; floats among them are finite."""
@@ -116,19 +126,19 @@ class GridLaws:
         packed = self.random_packed(np.random.default_rng(seed), n_out, n_in)
         return packed, self.codec.unpack(packed, (n_out, n_in))
 
-    def _weights(self, n_out: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def _weights(self, n_out: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         n_in = self.n_blocks * self.grid.block
-        w = torch.randn(n_out, n_in, generator=generator) * 0.02
+        w = torch.randn(n_out or self.n_rows, n_in, generator=generator) * 0.02
         return w, torch.exp(torch.randn(n_in, generator=generator))
 
     def test_numbers_fit_together(self) -> None:
-        """Group divides block, step divides group, codes fit a byte, and the object is a Grid."""
+        """Group divides block, step divides group, codes fit their dtype, and the object is a Grid."""
         grid = self.grid
         assert isinstance(grid, Grid)
         assert grid.block % grid.group == 0
         assert grid.group % grid.step == 0
-        assert 2 <= grid.levels <= 256
+        assert 2 <= grid.levels <= (256 if grid.step == 1 else 2**31)
 
     @given(seed=st.integers(0, 2**32 - 1))
     @few
@@ -187,7 +197,7 @@ class GridLaws:
         """No other code of a scalar grid decodes nearer, ties within rounding of the largest value aside."""
         _, coded = self._random(seed)
         grid = self.grid
-        if grid.step != 1:
+        if is_vector(grid):
             return
         params = take_block(coded.params, 0)
         levels = _levels(grid, params, coded.shape[0])
@@ -205,6 +215,74 @@ class GridLaws:
         # Column by column, as GPTQ asks, the codes are the same.
         for col in range(0, grid.block, max(1, grid.block // 7)):
             assert_same(grid.encode(w[:, col : col + 1], params, col), codes[:, col : col + 1])
+
+    def _metric(self, seed: int, n_runs: int) -> Tensor:
+        """Random metrics whose columns are correlated by 0.1 on average and 0.3 at most: f32[n_runs, step, step]."""
+        generator = torch.Generator().manual_seed(seed % 2**31)
+        root = torch.eye(self.grid.step) + 0.1 * torch.randn(
+            n_runs, self.grid.step, self.grid.step, generator=generator
+        )
+        return root @ root.mT
+
+    @given(seed=st.integers(0, 2**32 - 1))
+    @few
+    def test_vectors_are_nearly_the_cheapest(self, seed: int) -> None:
+        """Under a metric, of 65,536 codes (or all) none is much cheaper than the one chosen, on average by 1 %."""
+        grid = self.grid
+        if not is_vector(grid):
+            return
+        w, importance = self._weights(n_out=12, seed=seed)
+        w, n = w[:, : grid.block], grid.step
+        params, metric = grid.fit(w, importance[: grid.block]), self._metric(seed, 1)
+        codes = grid.encode_vectors(w[:, :n], params, 0, metric)
+        assert codes.dtype is code_dtype(grid.levels)
+        assert int(codes.min()) >= 0
+        assert int(codes.max()) < grid.levels
+        draw = torch.Generator().manual_seed(seed % 2**31)
+        tried = (
+            torch.arange(grid.levels)
+            if grid.levels <= 2**16
+            else torch.randint(grid.levels, (2**16,), generator=draw)
+        )
+        cost = _cost(w[:, :n] - grid.decode(codes, params), metric[0])
+        least = torch.stack(
+            [
+                _cost(
+                    w[i, :n] - grid.decode(tried.int()[:, None], _repeated(params, i, len(tried))), metric[0]
+                ).min()
+                for i in range(len(w))
+            ]
+        )
+        assert float(cost.sum()) <= 1.01 * float(least.sum())
+        # Run by run, as GPTQ asks, the codes are the same as all at once.
+        many = self._metric(seed, grid.group // n)
+        at_once = grid.encode_vectors(w[:, : grid.group], params, 0, many)
+        for i in range(grid.group // n):
+            run = slice(i * n, (i + 1) * n)
+            assert_same(
+                grid.encode_vectors(w[:, run], params, run.start, many[i : i + 1]), at_once[:, i : i + 1]
+            )
+
+    @given(seed=st.integers(0, 2**32 - 1))
+    @few
+    def test_refit_of_vectors_never_worsens(self, seed: int) -> None:
+        """As `test_refit_never_worsens`, under a metric."""
+        grid = self.grid
+        if not is_vector(grid):
+            return
+        w, importance = self._weights(seed=seed)
+        w = w[:, : grid.block]
+        params, metric = grid.fit(w, importance[: grid.block]), self._metric(seed, grid.group // grid.step)
+        moved = w * (1 + 0.3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(seed % 2**31)))
+        for group in range(grid.block // grid.group):
+            start = group * grid.group
+            part = moved[:, start : start + grid.group]
+            costs = []
+            for p in (params, grid.refit_vectors(params, group, part, metric)):
+                values = grid.decode(grid.encode_vectors(part, p, start, metric), p, start)
+                runs = (part - values).view(len(w), -1, grid.step)
+                costs.append(torch.einsum("nri,rij,nrj->n", runs, metric, runs))
+            assert bool((costs[1] <= costs[0] * (1 + 1e-4)).all())
 
     @given(seed=st.integers(0, 2**32 - 1))
     @few
@@ -297,7 +375,8 @@ class GridLaws:
                     for p in (params, new)
                 ]
                 assert bool((errors[1] <= errors[0] * (1 + 1e-5)).all())
-                codes = torch.full((len(w), grid.block // grid.step), grid.levels - 1, dtype=torch.uint8)
+                shape = len(w), grid.block // grid.step
+                codes = torch.full(shape, grid.levels - 1, dtype=code_dtype(grid.levels))
                 old_values, new_values = grid.decode(codes, params), grid.decode(codes, new)
                 old_values[:, columns] = new_values[:, columns]
                 assert_same(old_values, new_values)
@@ -317,14 +396,11 @@ class GridLaws:
         scaled, exactness = coded.scale_rows(rows)
         assert_same(scaled.codes, coded.codes)
         values = coded.decode().double()
-        # A value is a difference of two terms, and no term is larger than twice the largest level.
-        terms = 3 * torch.cat(
-            [
-                _levels(self.grid, take_block(coded.params, b), len(w)).abs().amax(0)
-                for b in range(self.n_blocks)
-            ],
-            dim=1,
-        )
+        terms = values.abs()
+        if not is_vector(self.grid):
+            # A value is a difference of two terms, and no term is larger than twice the largest level.
+            blocks = [take_block(coded.params, b) for b in range(self.n_blocks)]
+            terms = 3 * torch.cat([_levels(self.grid, b, len(w)).abs().amax(0) for b in blocks], dim=1)
         bound = (exactness.max_relative_error + 1e-6) * (terms * rows.abs()[:, None])
         assert bool(((scaled.decode() - values * rows[:, None]).abs() <= bound).all())
         assert exactness.max_relative_error < 0.05
@@ -349,6 +425,16 @@ def _levels(grid: Grid, params: Params, n_out: int) -> Tensor:
         torch.full((n_out, grid.block), code, dtype=torch.uint8), params
     )
     return torch.stack([decode(code) for code in range(grid.levels)])
+
+
+def _cost(miss: Tensor, metric: Tensor) -> Tensor:
+    """eᵀ M e of every row of f32[n, step]."""
+    return ((miss @ metric) * miss).sum(1)
+
+
+def _repeated(params: Params, row: int, n: int) -> Params:
+    """Params of one row, n times."""
+    return take_rows(params, torch.full((n,), row))
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:

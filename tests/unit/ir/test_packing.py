@@ -12,15 +12,25 @@ def test_widths_divide_a_byte():
     assert [code_bits(n) for n in (1, 2, 3, 4, 5, 8, 16, 17, 255, 256)] == [1, 1, 2, 2, 4, 4, 4, 8, 8, 8]
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 99))
+def test_wide_codes_take_whole_bytes():
+    assert [code_bits(n) for n in (257, 1 << 16, (1 << 16) + 1, 1 << 23, 1 << 31)] == [16, 16, 24, 24, 32]
+
+
+@given(st.sampled_from([1, 2, 4, 8, 16, 24, 31]), st.lists(st.integers(0, 9), max_size=3), st.integers(0, 99))
 def test_every_shape_comes_back(bits, shape, seed):
+    dtype = torch.uint8 if bits <= 8 else torch.int32
     codes = torch.randint(
-        0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        0,
+        1 << bits if bits < 31 else (1 << 31) - 1,
+        shape,
+        dtype=dtype,
+        generator=torch.Generator().manual_seed(seed),
     )
+    bits = 32 if bits == 31 else bits
     packed = pack_codes(codes, bits)
     assert (packed.dtype, packed.shape) == (torch.uint8, (-(-codes.numel() * bits // 8),))
     back = unpack_codes(packed, bits, shape)
-    assert back.dtype == torch.uint8
+    assert back.dtype == dtype
     assert back.shape == codes.shape
     assert torch.equal(back, codes)
 
@@ -35,6 +45,15 @@ def test_by_hand():
     packed = pack_codes(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2)
     assert packed.tolist() == [1 | 3 << 2 | 1 << 4, 2]
     assert pack_codes(torch.tensor([7, 9], dtype=torch.uint8), 4).tolist() == [7 | 9 << 4]
+    # lowest bytes first
+    assert pack_codes(torch.tensor([0x030201, 0x060504], dtype=torch.int32), 24).tolist() == [
+        1,
+        4,
+        2,
+        5,
+        3,
+        6,
+    ]
 
 
 def test_what_does_not_fit_is_refused():

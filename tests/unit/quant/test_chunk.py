@@ -59,6 +59,10 @@ class Seen:
         self.refits.append((group, w.clone(), importance.clone()))
         return self.inner.refit(params, group, w, importance)
 
+    def refit_vectors(self, params, group, w, metric):
+        self.refits.append((group, w.clone(), metric.clone()))
+        return self.inner.refit_vectors(params, group, w, metric)
+
 
 @dataclass
 class Formula:
@@ -104,7 +108,19 @@ class Formula:
         """The grid saw these columns as they are now, in its own order, and their importance 1/U_jj²."""
         inside = self.order[start : start + n].argsort() + start
         torch.testing.assert_close(given[0].double(), self.rest[:, inside], atol=CLOSE, rtol=0)
-        torch.testing.assert_close(given[1].double(), self.factor.diagonal()[inside] ** -2, rtol=1e-4, atol=0)
+        if given[1].dim() == 1:
+            wanted = self.factor.diagonal()[inside] ** -2
+        else:
+            wanted = torch.stack([self.metric(run) for run in inside.view(-1, self.coded.grid.step)])
+        torch.testing.assert_close(
+            given[1].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
+        )
+
+    def metric(self, positions):
+        """What an error of these neighbouring positions costs once those behind them have made up for it."""
+        now = slice(int(positions[0]), int(positions[-1]) + 1)
+        local = self.factor[now, now]
+        return torch.linalg.inv(local.T @ local)
 
     def code(self, j):
         """The code at position j is the nearest; its error goes to the columns behind it."""
@@ -113,9 +129,15 @@ class Formula:
         params = take_block(self.coded.params, column // grid.block)
         place = column % grid.block
         got = grid.decode(self.coded.codes[:, column // step, None], params, place).double()
-        best = grid.decode(grid.encode(self.rest[:, now].float(), params, place), params, place).double()
-        w = self.rest[:, now].clone()
-        assert bool(((w - got).norm(dim=1) <= (w - best).norm(dim=1) + CLOSE).all()), f"position {j}"
+        w, metric = self.rest[:, now].clone(), self.metric(torch.arange(j, j + step))
+        if step == 1:
+            codes = grid.encode(w.float(), params, place)
+        else:
+            codes = grid.encode_vectors(w.float(), params, place, metric.float()[None])
+        best = grid.decode(codes, params, place).double()
+        root = torch.linalg.cholesky(metric / metric.diagonal().mean())
+        misses = [((w - values) @ root).norm(dim=1) for values in (got, best)]
+        assert bool((misses[0] <= misses[1] + CLOSE).all()), f"position {j}"
         error = torch.linalg.solve_triangular(self.factor[now, now].T, (w - got).T, upper=False).T
         self.rest[:, j + step :] -= error @ self.factor[now, j + step :]
         for i in range(j, j + step) if self.p is not None else ():
@@ -137,8 +159,15 @@ class Quads:
         return params
 
     def encode(self, w, params, col):
+        return self.encode_vectors(w, params, col, torch.eye(4).expand(w.shape[1] // 4, 4, 4))
+
+    def encode_vectors(self, w, params, col, metric):
         fours = w.reshape(len(w), -1, 1, 4) / params["s"].float().reshape(len(w), 1, 1, 1)
-        return (fours - self.points).square().sum(-1).argmin(-1).to(torch.uint8)
+        miss = fours - self.points
+        return torch.einsum("nrpi,rij,nrpj->nrp", miss, metric, miss).argmin(-1).to(torch.uint8)
+
+    def refit_vectors(self, params, group, w, metric):
+        return params
 
     def decode(self, codes, params, col=0):
         n_blocks = params["s"].shape[1]

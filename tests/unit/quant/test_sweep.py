@@ -151,8 +151,12 @@ class Pairs:
         return params
 
     def encode(self, w, params, col):
+        return self.encode_vectors(w, params, col, torch.eye(2).expand(w.shape[1] // 2, 2, 2))
+
+    def encode_vectors(self, w, params, col, metric):
         pairs = w.reshape(len(w), -1, 1, 2) / params["s"].float().reshape(len(w), 1, 1, 1)
-        return (pairs - self.points).square().sum(-1).argmin(-1).to(torch.uint8)
+        miss = pairs - self.points
+        return torch.einsum("nrpi,rij,nrpj->nrp", miss, metric, miss).argmin(-1).to(torch.uint8)
 
     def decode(self, codes, params, col=0):
         n_blocks = params["s"].shape[1]
@@ -172,10 +176,13 @@ def test_a_code_of_two_columns_feeds_its_whole_error_forward():
     for block in range(0, 64, 8):
         params = grid.fit(rest[:, block : block + 8].clone(), None)
         for j in range(block, block + 8, 2):
-            decoded[:, j : j + 2] = grid.decode(grid.encode(rest[:, j : j + 2], params, 0), params)
             # Optimal Brain Surgeon for two columns at once: the rest moves by -e (H⁻¹_bb)⁻¹ H⁻¹_b,rest, where H⁻¹
             # is that of the columns not yet rounded.
             left = torch.linalg.inv(torch.linalg.inv(inverse)[j:, j:])
+            metric = torch.linalg.inv(left[:2, :2]).float()[None]
+            decoded[:, j : j + 2] = grid.decode(
+                grid.encode_vectors(rest[:, j : j + 2], params, 0, metric), params
+            )
             error = (rest[:, j : j + 2] - decoded[:, j : j + 2]).double()
             move = error @ torch.linalg.inv(left[:2, :2]) @ left[:2, 2:]
             rest[:, j + 2 :] -= move.float()

@@ -27,7 +27,12 @@ GGML_TYPES: Mapping[str, GGMLQuantizationType] = {
 #: `general.file_type`: the name that llama.cpp prints; it changes nothing else (llama-model-loader.cpp:739-799).
 #: The K-quants are the `_S` kinds, since every matrix of the blocks has the one type.
 FILE_TYPES: Mapping[str, LlamaFileType] = {
+    "iq2_xxs": LlamaFileType.MOSTLY_IQ2_XXS,
+    "iq2_xs": LlamaFileType.MOSTLY_IQ2_XS,
+    "iq2_s": LlamaFileType.MOSTLY_IQ2_M,
     "q2_k": LlamaFileType.MOSTLY_Q2_K_S,
+    "iq3_xxs": LlamaFileType.MOSTLY_IQ3_XXS,
+    "iq3_s": LlamaFileType.MOSTLY_IQ3_S,
     "q3_k": LlamaFileType.MOSTLY_Q3_K_S,
     "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,

@@ -10,7 +10,10 @@ from d2qconv_gguf.codecs import CODECS
 from d2qconv_gguf.grids import GRIDS
 
 #: Byte offsets of the f16 numbers in a block.
-HALVES = {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q4_0": (0,), "q8_0": (0,)}
+HALVES = {
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "q4_0", "q8_0"), (0,)),
+    **{"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2)},
+}
 
 
 class GgufLaws(GridLaws):
@@ -52,3 +55,29 @@ class TestQ40(GgufLaws):
 
 class TestQ80(GgufLaws):
     grid, codec, max_fit_error = GRIDS["q8_0"], CODECS["q8_0"], 0.00003
+
+
+class CodeBookLaws(GgufLaws):
+    """Searches take longer here."""
+
+    n_blocks, n_rows = 2, 8
+
+
+class TestIQ2XXS(CodeBookLaws):
+    grid, codec, max_fit_error = GRIDS["iq2_xxs"], CODECS["iq2_xxs"], 0.110
+
+
+class TestIQ2XS(CodeBookLaws):
+    grid, codec, max_fit_error = GRIDS["iq2_xs"], CODECS["iq2_xs"], 0.084
+
+
+class TestIQ2S(CodeBookLaws):
+    grid, codec, max_fit_error = GRIDS["iq2_s"], CODECS["iq2_s"], 0.060
+
+
+class TestIQ3XXS(CodeBookLaws):
+    grid, codec, max_fit_error = GRIDS["iq3_xxs"], CODECS["iq3_xxs"], 0.0325
+
+
+class TestIQ3S(CodeBookLaws):
+    grid, codec, max_fit_error = GRIDS["iq3_s"], CODECS["iq3_s"], 0.0175

@@ -6,6 +6,8 @@ arrays of N blocks; rows, shapes, devices and checks are dealt with here. Packin
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
@@ -13,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2qconv.errors import ExportError, VerifyError
-from d2qconv.grids.base import Grid
+from d2qconv.grids.base import Grid, code_dtype
 from d2qconv.ir.coded import Coded
 
 Bytes = NDArray[np.uint8]
+#: u8, or i32 where there are more than 256 codes
+Codes: TypeAlias = NDArray[Any]
 #: Codes that are packed at a time, so that what is made of them on the way stays in the processor's cache.
 _PIECE = 1 << 19
 
@@ -48,7 +52,7 @@ class Codec:
         """
         self._check(coded)
         n_out, n_in = coded.shape
-        codes = _array(coded.codes).astype(np.uint8, copy=False).reshape(-1, self.grid.block)
+        codes = _array(coded.codes).reshape(-1, self.grid.block // self.grid.step)
         params = {name: _blocks(_array(p)) for name, p in coded.params.items()}
         packed = np.empty((len(codes), self.block_bytes), dtype=np.uint8)
         step = _PIECE // self.grid.block
@@ -76,19 +80,19 @@ class Codec:
         return Coded(
             self.grid,
             (n_out, n_in),
-            torch.from_numpy(codes.reshape(n_out, n_in)),
+            torch.from_numpy(codes.reshape(n_out, n_in // self.grid.step)),
             {
                 name: torch.from_numpy(np.ascontiguousarray(p).reshape(n_out, n_blocks, *p.shape[1:]))
                 for name, p in params.items()
             },
         )
 
-    def _pack(self, codes: Bytes, params: dict[str, NDArray[np.generic]]) -> Bytes:
-        """u8[N, block_bytes] from codes u8[N, block] and params [N, ...]."""
+    def _pack(self, codes: Codes, params: dict[str, NDArray[np.generic]]) -> Bytes:
+        """u8[N, block_bytes] from codes [N, block / step] and params [N, ...]."""
         raise NotImplementedError
 
-    def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
-        """Codes u8[N, block] and params [N, ...] from u8[N, block_bytes]."""
+    def _unpack(self, blocks: Bytes) -> tuple[Codes, dict[str, NDArray[np.generic]]]:
+        """Codes [N, block / step] and params [N, ...] from u8[N, block_bytes]."""
         raise NotImplementedError
 
     def _check(self, coded: Coded) -> None:
@@ -99,8 +103,10 @@ class Codec:
             problem = f"got codes on grid {coded.grid.id}"
         elif self.grid.accepts(coded.shape) is not None:
             problem = f"a matrix {n_out}x{n_in} has no whole blocks of {self.grid.block}"
-        elif tuple(coded.codes.shape) != (n_out, n_in):
-            problem = f"codes are {tuple(coded.codes.shape)}, not {coded.shape}"
+        elif tuple(coded.codes.shape) != (n_out, n_in // self.grid.step):
+            problem = f"codes are {tuple(coded.codes.shape)}, not {(n_out, n_in // self.grid.step)}"
+        elif coded.codes.dtype is not code_dtype(self.grid.levels):
+            problem = f"codes are {coded.codes.dtype}, not {code_dtype(self.grid.levels)}"
         else:
             for name, p in coded.params.items():
                 if tuple(p.shape[:2]) != (n_out, n_blocks):

@@ -8,54 +8,22 @@ multiply-adds change nothing: CPU, CUDA, llama.cpp and gguf-py agree bit for bit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from d2qconv.errors import Refusal
-from d2qconv.grids.base import Exactness, Lattice, Params, matrix_refusal
-from d2qconv.grids.scaling import scaled_rows
+from d2qconv.grids.base import Lattice, Params
+from d2qconv_gguf.grids.ggml import GgmlGrid
 
 
-class ScalarGrid:
-    """Base of the grids here. Subclasses define `affine`, `fit`, and `refit` where they have inner parameters.
+class ScalarGrid(GgmlGrid):
+    """Base of the scalar grids. Subclasses define `affine`, `fit`, and `refit` where they have inner parameters.
 
-    id, block, group, levels: see `d2qconv.grids.base.Grid`. zero: the code that stands for 0 steps.
-    block_bytes: bytes of one stored block. scales: the f16 parameters, in which decode is linear.
+    levels: see `d2qconv.grids.base.Grid`. zero: the code that stands for 0 steps.
     """
 
-    id: str
-    block: int
-    group: int
     levels: int
     zero: int = 0
-    block_bytes: int
-    scales: tuple[str, ...] = ("d",)
     step: int = 1
-
-    def __repr__(self) -> str:
-        """`<grid q2_k>`."""
-        return f"<grid {self.id}>"
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, parameters included."""
-        return 8 * self.block_bytes / self.block
-
-    def accepts(self, shape: Sequence[int]) -> Refusal | None:
-        """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
-        where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
-        refusal = matrix_refusal(where, shape)
-        if refusal is not None:
-            return refusal
-        n_in = shape[1]
-        if n_in % self.block == 0:
-            return None
-        why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"
-        if n_in % 32 == 0:
-            return Refusal(where, why, "use q4_0 or q8_0, whose blocks have 32 columns")
-        return Refusal(where, why, "no quantized type here fits; store this tensor as f16")
 
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
         """(step, offset) of some groups of some blocks: f32[n_out or 1, n_blocks, n_groups]; offset None for 0."""
@@ -101,10 +69,6 @@ class ScalarGrid:
         return Lattice(
             step.reshape(-1), zero, None if offset is None else offset.reshape(-1), None, self.levels
         )
-
-    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
-        """The f16 parameters times scale_i, rounded to storage; see `Grid.scale_rows` and `scaled_rows`."""
-        return scaled_rows(params, self.scales, scale, self.id)
 
     def _columns(self, params: Params, col: int, n: int) -> tuple[Tensor, Tensor | None]:
         """(step, offset) for the columns col .. col+n, each f32[n_out or 1, k, 1]: k equal runs of columns."""

@@ -1,0 +1,56 @@
+"""What all grids of ggml have in common: an f16 scale or two a block, rows cut into whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from d2qconv.errors import Refusal
+from d2qconv.grids.base import Exactness, Lattice, Params, matrix_refusal
+from d2qconv.grids.scaling import scaled_rows
+
+
+class GgmlGrid:
+    """Base of the grids here.
+
+    id, block, group: see `d2qconv.grids.base.Grid`. block_bytes: bytes of one stored block. scales: the f16
+    parameters, in which decode is linear.
+    """
+
+    id: str
+    block: int
+    group: int
+    block_bytes: int
+    scales: tuple[str, ...] = ("d",)
+
+    def __repr__(self) -> str:
+        """`<grid q2_k>`."""
+        return f"<grid {self.id}>"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, parameters included."""
+        return 8 * self.block_bytes / self.block
+
+    def accepts(self, shape: Sequence[int]) -> Refusal | None:
+        """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
+        where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
+        refusal = matrix_refusal(where, shape)
+        if refusal is not None:
+            return refusal
+        n_in = shape[1]
+        if n_in % self.block == 0:
+            return None
+        why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"
+        if n_in % 32 == 0:
+            return Refusal(where, why, "use q4_0 or q8_0, whose blocks have 32 columns")
+        return Refusal(where, why, "no quantized type here fits; store this tensor as f16")
+
+    def lattice(self, params: Params, group: int) -> Lattice | None:  # noqa: ARG002
+        """None: the levels are not evenly spaced."""
+        return None
+
+    def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
+        """The f16 parameters times scale_i, rounded to storage; see `Grid.scale_rows` and `scaled_rows`."""
+        return scaled_rows(params, self.scales, scale, self.id)

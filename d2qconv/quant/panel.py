@@ -17,10 +17,10 @@ from d2qconv.grids.base import Grid, Params
 
 @dataclass(frozen=True)
 class Panel:
-    """Columns first..last of the sweep's own order, all of one group of one block.
+    """Consecutive columns of one group of one block, as the sweep takes them.
 
     rest: f32[n, n_out], the columns as the sweep reaches them, changed in place. factor: f32[n, n], their part of U.
-    places: their columns inside the block, as the grid numbers them; i64[n] on the CPU.
+    place: the first one's number inside the block.
     old: f32[n, n_out] or None: the values that the columns have; then they are chosen again instead of compensated for.
     drift: f32[n, n] or None, their part of GPTAQ's P; then `pull`, f32[n, n_out], is what it is multiplied by: the
     source's weights, or None for the column itself as the sweep reaches it.
@@ -28,7 +28,7 @@ class Panel:
 
     rest: Tensor
     factor: Tensor
-    places: Tensor
+    place: int
     drift: Tensor | None = None
     pull: Tensor | None = None
     old: Tensor | None = None
@@ -44,7 +44,7 @@ def round_panel(panel: Panel, grid: Grid, params: Params, codes: Tensor, errors:
     rest, step = panel.rest, grid.step
     for first in range(0, len(rest), step):
         last = first + step
-        w, place = rest[first:last], int(panel.places[first])
+        w, place = rest[first:last], panel.place + first
         code = grid.encode(w.T, params, place)
         codes[first // step : last // step] = code.T
         value = grid.decode(code, params, place).T

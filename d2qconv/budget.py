@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 GPU_SHARE, HOST_SHARE = 0.9, 0.8
 #: Bytes that CUDA takes of a GPU before the first tensor: its context and the libraries' kernels. Measured on an H200.
 CUDA_CONTEXT = 800 << 20
+#: By these variables the user sets up PyTorch's allocator.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 #: Seconds between two looks at the process's memory.
 LOOK_EVERY = 0.02
 
@@ -102,6 +104,24 @@ def _gpu_bytes(asked: str | None, device: torch.device) -> int | None:
             todo="ask for less, or leave it out",
         )
     return n_bytes
+
+
+def limit_allocator(device: torch.device, budget: Budget) -> None:
+    """Let PyTorch's allocator keep no more of a GPU than the budget: what it holds and does not use it gives back.
+
+    Its segments may grow, so that gaps between tensors can be joined, unless the user's environment sets it up.
+    """
+    if device.type != "cuda" or budget.gpu_bytes is None:
+        return
+    import torch
+
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # Its name until PyTorch 2.9 was another; no public function changes it once torch is loaded.
+        old = torch.cuda.memory._set_allocator_settings
+        getattr(torch._C, "_accelerator_setAllocatorSettings", old)("expandable_segments:True")
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = min(max(budget.gpu_bytes - CUDA_CONTEXT, 0) / total, 1.0)
+    torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:

@@ -17,7 +17,7 @@ import torch
 from d2qconv import __version__
 from d2qconv.arch.bind import bind
 from d2qconv.arch.spec import ModelDesc
-from d2qconv.budget import CUDA_CONTEXT, PeakMeter, Peaks, choose_budget
+from d2qconv.budget import PeakMeter, Peaks, choose_budget, limit_allocator
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
     CalibrationTokens,
@@ -161,7 +161,13 @@ def plan(job: Job) -> Planned:
     budget = choose_budget(job.max_gpu_mem, job.max_host_mem, device)
     n_all = job.calibration.sequences + own_sequences(job.calibration, job.recipe, bound, device)
     seen = replace(job.calibration, sequences=n_all)
-    footprint = predict(desc, seen, n_held_out(job.calibration), job.recipe, budget, device)
+    n_held = n_held_out(job.calibration)
+    footprint = predict(desc, seen, n_held, job.recipe, budget, device)
+    last_pass = choose_last_pass(
+        job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
+    )
+    if last_pass.steps:
+        footprint = predict(desc, seen, n_held, job.recipe, budget, device, last_pass)
     refuse(
         [
             *target.refusals,
@@ -169,9 +175,6 @@ def plan(job: Job) -> Planned:
             *_fold_refusals(desc, job.recipe, target),
             *footprint.refusals,
         ]
-    )
-    last_pass = choose_last_pass(
-        job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
     )
     return Planned(job, checkpoint, bound, desc, target, exporter, device, footprint, last_pass)
 
@@ -184,7 +187,7 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
     started = time.monotonic()
     with _memory_as_run_error(planned), Team.join(planned.device) as team, PeakMeter(team.device) as meter:
         planned = replace(planned, device=team.device)
-        _limit(planned)
+        limit_allocator(planned.device, planned.footprint.budget)
         watch = watch if team.is_leader else Unwatched()
         content = team.from_leader(lambda: _prepare(planned, watch))
         tokens = calibration_tokens(
@@ -206,15 +209,6 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             held.delete()
             peaks = _largest([peaks, meter.peaks()])
     return _outcome(planned, package, checks, result, spec, time.monotonic() - started, peaks)
-
-
-def _limit(planned: Planned) -> None:
-    """Let PyTorch's allocator keep no more of the GPU than the budget: what it holds and does not use it gives back."""
-    budget = planned.footprint.budget.gpu_bytes
-    if planned.device.type == "cuda" and budget is not None:
-        total = torch.cuda.get_device_properties(planned.device).total_memory
-        share = min(max(budget - CUDA_CONTEXT, 0) / total, 1.0)
-        torch.cuda.set_per_process_memory_fraction(share, planned.device.index or 0)
 
 
 def _prepare(planned: Planned, watch: Watch) -> str:

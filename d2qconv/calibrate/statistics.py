@@ -52,17 +52,6 @@ class InputStatistics:
             None if source_mean is None else source_mean * c,
         )
 
-    def ordered(self, order: Tensor) -> InputStatistics:
-        """The same inputs in another order, i64[n_in] on the CPU."""
-        index = order.to(self.gram.device)
-        cross, source_mean = self.cross, self.source_mean
-        return InputStatistics(
-            self.gram[index][:, index],
-            self.mean[index],
-            None if cross is None else cross[index][:, index],
-            None if source_mean is None else source_mean[index],
-        )
-
 
 class InputAccumulator:
     """Sums over batches, products in f32 (on CUDA in TF32 where `precision.tensor_cores` is on), means in f64.

@@ -6,6 +6,7 @@ to a file is what the quantizer chose.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -41,6 +42,13 @@ class Coded:
             params=take_rows(self.params, index),
         )
 
+    def rows(self, some: slice) -> Coded:
+        """Consecutive rows, without a copy. Exact."""
+        codes = self.codes[some]
+        shared = {name: p.shape[0] == 1 for name, p in self.params.items()}
+        params = {name: p if shared[name] else p[some] for name, p in self.params.items()}
+        return replace(self, shape=(len(codes), self.shape[1]), codes=codes, params=params)
+
     def scale_rows(self, scale: Tensor) -> tuple[Coded, Exactness]:
         """Every row i times scale_i (f32[n_out]), codes unchanged, steps rounded to storage precision."""
         params, exactness = self.grid.scale_rows(self.params, scale)
@@ -53,6 +61,19 @@ class Coded:
             codes=self.codes.to(device),
             params={name: p.to(device) for name, p in self.params.items()},
         )
+
+
+def cat_rows(parts: Sequence[Coded]) -> Coded:
+    """One matrix of the rows of several on the same grid, whose parameters are each row's own. Exact."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return replace(
+        first,
+        shape=(sum(part.shape[0] for part in parts), first.shape[1]),
+        codes=torch.cat([part.codes for part in parts]),
+        params={name: torch.cat([part.params[name] for part in parts]) for name in first.params},
+    )
 
 
 #: A quantized or float tensor, in memory, in the precision that the package stores.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
 from d2qconv.grids.base import Grid, Params, is_vector
@@ -27,15 +26,13 @@ class Chunk:
     """Consecutive positions of the sweep, whole blocks of the grid.
 
     rest: f32[n, n_out], the columns as the sweep reaches them, changed in place. factor: f32[n, n], their part of U.
-    importance: f32[n] = 1/U_jj². places: i64[n] on the CPU, the column at each position, as the grid numbers it; None
-    for consecutive columns. drift, pull, old: see `d2qconv.quant.panel.Panel`. given: parameters of every block, which
-    then are not fitted.
+    importance: f32[n] = 1/U_jj². drift, pull, old: see `d2qconv.quant.panel.Panel`. given: parameters of every block,
+    which then are not fitted.
     """
 
     rest: Tensor
     factor: Tensor
     importance: Tensor
-    places: Tensor | None = None
     drift: Tensor | None = None
     pull: Tensor | None = None
     old: Tensor | None = None
@@ -76,12 +73,11 @@ class _Work:
             params = self.chunk.given[start // grid.block]
         else:
             with timed("fit"):
-                params = grid.fit(*self._natural(start, stop))
-        for first in range(start, stop, grid.group):
-            group = self._place(first) % grid.block // grid.group
+                params = grid.fit(*self._columns(start, stop))
+        for group, first in enumerate(range(start, stop, grid.group)):
             if self.is_refit and self.chunk.given is None:
                 with timed("fit"):
-                    params = self._refit(params, group, first)
+                    params = self._refit(params, group, slice(first, first + grid.group))
             with timed("sweep"):
                 for left in range(first, first + grid.group, PANEL_COLUMNS):
                     columns = slice(left, min(left + PANEL_COLUMNS, first + grid.group))
@@ -89,47 +85,37 @@ class _Work:
                     self._hand_on(columns)
         return params
 
-    def _refit(self, params: Params, group: int, first: int) -> Params:
-        """The inner parameters of the group at position `first`, chosen again."""
-        grid, step, stop = self.grid, self.grid.step, first + self.grid.group
-        w, importance = self._natural(first, stop)
-        if self.metric is None or not is_vector(grid):
-            return grid.refit(params, group, w, importance)
-        metric = self.metric[first // step : stop // step]
-        if self.chunk.places is not None:
-            metric = metric[self.chunk.places[first:stop:step].argsort().to(metric.device)]
-        return grid.refit_vectors(params, group, w, metric)
+    def _columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Weights f32[n_out, n] and importance f32[n] of these positions."""
+        return self.chunk.rest[start:stop].T, self.chunk.importance[start:stop]
 
-    def _place(self, position: int) -> int:
-        return position if self.chunk.places is None else int(self.chunk.places[position])
+    def _refit(self, params: Params, group: int, columns: slice) -> Params:
+        """The inner parameters of the group at these positions, chosen again."""
+        w, importance = self._columns(columns.start, columns.stop)
+        if is_vector(self.grid):
+            return self.grid.refit_vectors(params, group, w, self._metric(columns))
+        return self.grid.refit(params, group, w, importance)
 
-    def _natural(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Weights f32[n_out, n] and importance f32[n] of these positions, as the grid numbers their columns."""
-        rest, importance = self.chunk.rest[start:stop], self.chunk.importance[start:stop]
-        if self.chunk.places is not None:
-            index = self.chunk.places[start:stop].argsort().to(rest.device)
-            rest, importance = rest[index], importance[index]
-        return rest.T, importance
+    def _metric(self, columns: slice) -> Tensor:
+        """Of the runs at these positions."""
+        assert self.metric is not None, "codes of several columns have a metric"
+        return self.metric[columns.start // self.grid.step : columns.stop // self.grid.step]
 
     def _panel(self, columns: slice, group: int, params: Params) -> None:
         """Round some columns of one group; see `round_panel`."""
         chunk, grid = self.chunk, self.grid
-        places = torch.arange(columns.start, columns.stop) if chunk.places is None else chunk.places[columns]
         panel = Panel(
             rest=chunk.rest[columns],
             factor=chunk.factor[columns, columns],
-            places=places % grid.block,
+            place=columns.start % grid.block,
             drift=None if chunk.drift is None else chunk.drift[columns, columns],
             pull=None if chunk.pull is None else chunk.pull[columns],
             old=None if chunk.old is None else chunk.old[columns],
-            metric=None
-            if self.metric is None
-            else self.metric[columns.start // grid.step : columns.stop // grid.step],
         )
         codes = self.into.codes[columns.start // grid.step : columns.stop // grid.step]
         errors = self.into.errors[columns]
         if is_vector(grid):
-            round_vectors(panel, grid, params, codes, errors)
+            round_vectors(replace(panel, metric=self._metric(columns)), grid, params, codes, errors)
             return
         lattice = grid.lattice(params, group) if chunk.rest.is_cuda and has_triton() else None
         if lattice is None:
@@ -137,13 +123,10 @@ class _Work:
             return
         from d2qconv.quant import panel_triton
 
-        if lattice.column_scale is not None and chunk.places is not None:
-            inside = (places % grid.group).to(errors.device)
-            lattice = replace(lattice, column_scale=lattice.column_scale[inside])
-        elif lattice.column_scale is not None:
-            inside_first = columns.start % grid.group
+        if lattice.column_scale is not None:
+            inside = columns.start % grid.group
             width = columns.stop - columns.start
-            lattice = replace(lattice, column_scale=lattice.column_scale[inside_first : inside_first + width])
+            lattice = replace(lattice, column_scale=lattice.column_scale[inside : inside + width])
         panel_triton.round_panel(panel, lattice, codes, errors)
 
     def _hand_on(self, done: slice) -> None:

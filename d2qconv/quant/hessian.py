@@ -27,7 +27,7 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
         )
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     for attempt in range(7):
-        # Three f64 matrices at a time, at most: of the widest input they are most of what a block needs.
+        # Two f64 matrices at a time, at most: of the widest input they are most of what a block needs.
         h = gram.flip(0, 1).double()
         h.diagonal().add_(damping * 10**attempt * scale)
         factor, info = torch.linalg.cholesky_ex(h)
@@ -35,9 +35,10 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
         if int(info) == 0:
             upper = factor.flip(0, 1)
             del factor
-            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-            del upper, eye
+            # Column-major, as the solver wants it, so that it works in place.
+            inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device).T
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            del upper
             return inverse.float().contiguous()
     raise RunError(
         "the Hessian is not positive definite even with strong damping",
@@ -46,7 +47,9 @@ def inverse_factor(gram: Tensor, damping: float, where: str) -> Tensor:
     )
 
 
-def toward_source(w: Tensor, miss: Tensor, factor: Tensor, strength: float) -> Tensor:
+def toward_source(
+    w: Tensor, miss: Tensor, factor: Tensor, strength: float, order: Tensor | None = None
+) -> Tensor:
     """Weights that give the source's outputs on the quantized model's inputs, as far as `strength` says.
 
     The sweep minimises ‖(W′ − Ŵ) X̃‖². With W′ = S E[x x̃ᵀ] H⁻¹ that is, up to a constant, ‖S X − Ŵ X̃‖²: the aim of
@@ -54,8 +57,14 @@ def toward_source(w: Tensor, miss: Tensor, factor: Tensor, strength: float) -> T
     what it feeds this linear, X̃ what the quantized blocks feed it. w is S, or S with a shift folded in. strength 0
     gives w, 1 gives W′; in between is safer, since E[x x̃ᵀ] is measured on few tokens (D²Quant's authors take 0.25).
 
-    w: f32[n_out, n_in]; miss: f32[n_out, n_in] = S E[x x̃ᵀ] − w H; factor: U with H⁻¹ = Uᵀ U.
+    w: f32[n_out, n_in]; miss: f32[n_out, n_in] = S E[x x̃ᵀ] − w H, overwritten; factor: U with H⁻¹ = Uᵀ U. order:
+    i64[n_in] on the CPU, the columns as the factor has them; None for as they are.
     """
+    if order is not None:
+        index = order.to(miss.device)
+        torch.mm(miss[:, index] @ factor.T, factor, out=miss)
+        miss = miss[:, index.argsort()]
+        return torch.add(w, miss, alpha=strength)
     return torch.addmm(w, miss @ factor.T, factor, alpha=strength)
 
 

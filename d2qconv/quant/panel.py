@@ -18,10 +18,10 @@ from d2qconv.grids.base import Grid, Params, VectorGrid
 
 @dataclass(frozen=True)
 class Panel:
-    """Columns first..last of the sweep's own order, all of one group of one block.
+    """Consecutive columns of one group of one block, as the sweep takes them.
 
     rest: f32[n, n_out], the columns as the sweep reaches them, changed in place. factor: f32[n, n], their part of U.
-    places: their columns inside the block, as the grid numbers them; i64[n] on the CPU.
+    place: the first one's number inside the block.
     old: f32[n, n_out] or None: the values that the columns have; then they are chosen again instead of compensated for.
     drift: f32[n, n] or None, their part of GPTAQ's P; then `pull`, f32[n, n_out], is what it is multiplied by: the
     source's weights, or None for the column itself as the sweep reaches it. metric: f32[n / step, step, step] for codes
@@ -30,7 +30,7 @@ class Panel:
 
     rest: Tensor
     factor: Tensor
-    places: Tensor
+    place: int
     drift: Tensor | None = None
     pull: Tensor | None = None
     old: Tensor | None = None
@@ -45,7 +45,7 @@ def round_panel(panel: Panel, grid: Grid, params: Params, codes: Tensor, errors:
     """
     rest = panel.rest
     for j in range(len(rest)):
-        w, place = rest[j : j + 1], int(panel.places[j])
+        w, place = rest[j : j + 1], panel.place + j
         code = grid.encode(w.T, params, place)
         codes[j] = code[:, 0]
         value = grid.decode(code, params, place).T
@@ -68,7 +68,7 @@ def round_vectors(panel: Panel, grid: VectorGrid, params: Params, codes: Tensor,
     assert panel.old is None, "codes of several columns are not chosen again one by one"
     for first in range(0, len(rest), step):
         run, later = slice(first, first + step), slice(first + step, len(rest))
-        w, place, number = rest[run], int(panel.places[first]), first // step
+        w, place, number = rest[run], panel.place + first, first // step
         code = grid.encode_vectors(w.T, params, place, metric[number : number + 1])
         codes[number] = code[:, 0]
         value = grid.decode(code, params, place).T

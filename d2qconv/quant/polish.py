@@ -22,7 +22,7 @@ from torch import Tensor
 
 from d2qconv.grids.base import Grid, Params, code_dtype, stack_blocks, take_block
 from d2qconv.ir.coded import Coded
-from d2qconv.quant.chunk import Chunk, Rounded, round_chunk
+from d2qconv.quant.chunk import Chunk, Rounded
 from d2qconv.quant.sweep import LAZY_COLUMNS, round_fast
 from d2qconv.timing import timed
 
@@ -67,13 +67,13 @@ class _State:
 
     @classmethod
     def of(cls, w: Tensor, hessian: Tensor, coded: Coded) -> _State:
-        values = coded.decode()
+        values = coded.decode().T.contiguous()
         n_blocks = coded.shape[1] // coded.grid.block
         return cls(
             grid=coded.grid,
             hessian=hessian,
-            values=values.T.contiguous(),
-            gradient=hessian @ (values - w).T,
+            values=values,
+            gradient=hessian @ (values - w.T),
             codes=coded.codes.T.contiguous(),
             blocks=[take_block(coded.params, b) for b in range(n_blocks)],
         )
@@ -126,7 +126,7 @@ class _State:
         diagonal = h.diagonal()
         first, last = (edge // self.grid.block for edge in (chunk.start, chunk.stop))
         into = self._room(chunk)
-        round_chunk(
+        round_fast(
             Chunk(
                 rest=old - self.gradient[chunk] / diagonal[:, None],
                 factor=h / diagonal,
@@ -137,6 +137,7 @@ class _State:
             self.grid,
             into,
             is_refit=False,
+            n_chunks=len(self.values) // len(old),
         )
         self.codes[self._steps(chunk)] = into.codes
         self._moved(chunk, self._decoded(into.codes, self.blocks[first:last]) - old)

@@ -76,7 +76,8 @@ def gptq(
 
     w: f32[n_out, n_in], left as it is. factor: U, f32[n_in, n_in] of `inverse_factor`. is_refit: see the module.
     order: i64[n_in] on the CPU, the columns as the sweep takes them (`d2qconv.quant.order`), in which then factor and
-    drift are given too; None for left to right. The result is in w's own order.
+    drift are given too; None for left to right. The result is in w's own order. Since blocks, groups and codes stay
+    whole, and a grid treats those of its own kind alike, a sweep in another order is one over moved columns.
     """
     n_out, n_in = w.shape
     source = None if drift is None else drift.source
@@ -86,17 +87,16 @@ def gptq(
         importance=factor.diagonal().square().reciprocal(),
         grid=grid,
         is_refit=is_refit,
-        order=order,
         drift=None if drift is None else drift.p,
         pull=None if source is None else _taken(source.T, order),
         codes=torch.empty(n_in // grid.step, n_out, dtype=code_dtype(grid.levels), device=w.device),
     )
-    blocks = sweep.run()
-    codes = sweep.codes
+    params, codes = stack_blocks(sweep.run()), sweep.codes
     if order is not None:
+        params = {name: _moved_back(p, order, grid.block) for name, p in params.items()}
         codes = torch.empty_like(codes)
         codes[(order[:: grid.step] // grid.step).to(codes.device)] = sweep.codes
-    return Coded(grid, (n_out, n_in), codes.T.contiguous(), stack_blocks(blocks))
+    return Coded(grid, (n_out, n_in), codes.T.contiguous(), params)
 
 
 def _taken(columns: Tensor, order: Tensor | None) -> Tensor:
@@ -106,12 +106,24 @@ def _taken(columns: Tensor, order: Tensor | None) -> Tensor:
     return columns[order.to(columns.device)].contiguous()
 
 
+def _moved_back(p: Tensor, order: Tensor, block: int) -> Tensor:
+    """A parameter `[n_out or 1, n_blocks, ...]` of the sweep's blocks, groups or columns, as the grid numbers them.
+
+    What follows n_blocks, if anything, are equal parts of a block, and is one number each.
+    """
+    n, n_blocks, *parts = p.shape
+    n_parts = parts[0] if parts else 1
+    width = block // n_parts
+    back = p.new_empty(n, n_blocks * n_parts)
+    back[:, (order[::width] // width).to(p.device)] = p.reshape(n, n_blocks * n_parts)
+    return back.view(p.shape)
+
+
 @dataclass(frozen=True)
 class _Sweep:
     """The state of one sweep.
 
-    rest: f32[n_in, n_out], the weights with all errors so far taken out of them. All but the parameters that `run`
-    returns is in the sweep's order.
+    rest: f32[n_in, n_out], the weights with all errors so far taken out of them. All is in the sweep's order.
     """
 
     rest: Tensor
@@ -119,42 +131,36 @@ class _Sweep:
     importance: Tensor
     grid: Grid
     is_refit: bool
-    order: Tensor | None
     drift: Tensor | None
     pull: Tensor | None
     codes: Tensor
 
     def run(self) -> Sequence[Params]:
-        """All blocks; returns their parameters in the grid's order."""
+        """All blocks; returns their parameters."""
         n_in, n_out = self.rest.shape
         width, step = self.grid.block, self.grid.step
         lazy = min(max(LAZY_COLUMNS // width, 1) * width, n_in)
-        blocks: dict[int, Params] = {}
+        blocks: list[Params] = []
         errors = torch.empty(lazy, n_out, device=self.rest.device)
         for start in range(0, n_in, lazy):
             done, later = slice(start, min(start + lazy, n_in)), slice(min(start + lazy, n_in), n_in)
             into = Rounded(
                 self.codes[done.start // step : done.stop // step], errors[: done.stop - done.start]
             )
-            params = round_fast(
+            blocks += round_fast(
                 self._chunk(done), self.grid, into, is_refit=self.is_refit, n_chunks=n_in // lazy
             )
-            numbers = range(start, done.stop, width)
-            for position, block in zip(numbers, params, strict=True):
-                column = position if self.order is None else int(self.order[position])
-                blocks[column // width] = block
             with timed("sweep"):
                 drift = None if self.drift is None else self.drift[done, later]
                 pull = None if drift is None else (self.rest if self.pull is None else self.pull)[done]
                 hand_on(self.rest[later], self.factor[done, later], into.errors, drift, pull)
-        return [blocks[number] for number in range(len(blocks))]
+        return blocks
 
     def _chunk(self, done: slice) -> Chunk:
         return Chunk(
             rest=self.rest[done],
             factor=self.factor[done, done],
             importance=self.importance[done],
-            places=None if self.order is None else self.order[done],
             drift=None if self.drift is None else self.drift[done, done],
             pull=None if self.pull is None else self.pull[done],
         )
@@ -163,12 +169,20 @@ class _Sweep:
 def round_fast(chunk: Chunk, grid: Grid, into: Rounded, *, is_refit: bool, n_chunks: int) -> Sequence[Params]:
     """`round_chunk`, by a recording where there are chunks enough of its shape to pay for one."""
     is_talking = isinstance(grid, ColumnScaled) and grid.reduce is not None
-    is_plain = chunk.places is None and chunk.drift is None and chunk.given is None and not is_talking
+    is_plain = chunk.drift is None and not is_talking
     if chunk.rest.is_cuda and is_plain and n_chunks >= MIN_RECORDED:
-        from d2qconv.quant.graphs import recorded
+        from d2qconv.quant.graphs import layout, recorded
 
         n, n_out = chunk.rest.shape
-        recording = recorded(grid, n, n_out, chunk.rest.device, is_refit=is_refit)  # type: ignore[arg-type] # hashable
+        recording = recorded(
+            grid,  # type: ignore[arg-type] # hashable
+            n,
+            n_out,
+            chunk.rest.device,
+            layout(chunk.given),
+            is_refit=is_refit,
+            has_old=chunk.old is not None,
+        )
         if recording is not None:
             with timed("sweep"):
                 return recording(chunk, into)

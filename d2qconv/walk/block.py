@@ -205,9 +205,11 @@ class BlockWalk:
         scale: Tensor | None,
     ) -> Held:
         """All rows of these matrices on their grid."""
-        source, w = torch.cat([self.teacher.weights[role] for role in roles]), torch.cat(list(weights))
-        if scale is not None:
-            source, w, statistics = source / scale, w / scale, statistics.scaled(scale)
+        of_source = [self.teacher.weights[role] for role in roles]
+        is_source = all(a is b for a, b in zip(weights, of_source, strict=True))
+        w = _together(weights, scale)
+        source = w if is_source else _together(of_source, scale)
+        statistics = statistics if scale is None else statistics.scaled(scale)
         storage = self.plan.storage(self._id(roles[0]))
         rows = RowShare(self.team, len(w))
         return rows.gather(
@@ -288,3 +290,9 @@ class BlockWalk:
 
     def _where(self, roles: Sequence[Role]) -> str:
         return f"block {self.index}, {', '.join(roles)}"
+
+
+def _together(weights: Sequence[Tensor], scale: Tensor | None) -> Tensor:
+    """All rows of these matrices, their columns divided by f32[n_in] scales."""
+    w = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    return w if scale is None else w / scale

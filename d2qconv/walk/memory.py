@@ -2,7 +2,8 @@
 
 A run passes through phases; a part is alive in some of them, and the peak is the phase whose parts sum to the most.
 The sizes are those of the arrays that the code makes, in bytes; of an expression's temporaries, the most that are
-alive at once. On the CPU there is one memory and everything counts as the host's.
+alive at once. On a GPU there are CUDA's own memory and the gaps of PyTorch's allocator beside them. On the CPU there is
+one memory and everything counts as the host's.
 """
 
 from __future__ import annotations
@@ -14,23 +15,30 @@ from enum import StrEnum
 import torch
 
 from d2qconv.arch.spec import ModelDesc
-from d2qconv.budget import Budget, gibibytes
+from d2qconv.budget import CUDA_CONTEXT, Budget, gibibytes
 from d2qconv.calibrate.sample import sample_bytes
 from d2qconv.errors import Refusal
+from d2qconv.quant.slabs import slabs
+from d2qconv.quant.sweep import LAZY_COLUMNS
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.activations import Place
+from d2qconv.walk.last_pass import LastPass
 from d2qconv.walk.rounding import Rounder
 from d2qconv.walk.stream import BATCH_TOKENS, JUDGED_TOKENS
 
 F32, F64 = 4, 8
 #: Matrices of the widest input's size that are alive while the Hessian is inverted, in f64.
-FACTOR_MATRICES = 4
-#: Matrices of a sweep's size: weights, source's weights, the transposed rest, the miss, its product, the decoded.
-SWEEP_MATRICES = 6
-#: The same while codes are chosen again: values, their gradient, a chunk's and the columns' arrays.
-POLISH_MATRICES = 4
-#: The same for the head, and the columns' arrays while the embedding is rounded.
-ENDS_MATRICES = 5
+FACTOR_MATRICES = 2
+#: Arrays of a slab's size: weights moved towards the source, the transposed rest, a product; a chunk's columns.
+SWEEP_SLABS = 4
+#: The same while codes are chosen again: moved weights, values, their gradient and its difference; a chunk's columns.
+POLISH_SLABS = 5
+#: Codes of a matrix: its slabs', put together, and as the parts of it take them.
+CODES_HELD = 3
+#: Arrays of a chunk's size that a recording of it keeps, in f32.
+RECORDED_ARRAYS = 8
+#: One part in so many of what tensors take is lost in the gaps between them. Measured at 8B: 15 %.
+GAPS = 6
 #: f64 arrays of a piece's log-probabilities, and two of f32 logits.
 JUDGE_BYTES = 5 * F64 + 2 * F32
 #: Codes of a weight with their parameters, before packing.
@@ -48,6 +56,7 @@ class Phase(StrEnum):
     FACTOR = "factor"
     SWEEP = "sweep"
     FORWARD = "forward"
+    REFINE = "last pass"
     JUDGE = "KL divergence"
     PACKAGE = "package"
 
@@ -84,11 +93,10 @@ class Footprint:
     @property
     def free_for_last_pass(self) -> int:
         """Bytes on the device beside what lives through the whole walk."""
-        if self.budget.gpu_bytes is not None:
-            held, budget = self.gpu, self.budget.gpu_bytes
-        else:
-            held, budget = self.host, self.budget.host_bytes
-        return budget - sum(p.n_bytes for p in held if set(_WALK) <= set(p.phases))
+        is_gpu = self.budget.gpu_bytes is not None
+        budget = self.budget.host_bytes if self.budget.gpu_bytes is None else self.budget.gpu_bytes
+        held = sum(p.n_bytes for p in (self.gpu if is_gpu else self.host) if set(_WALK) <= set(p.phases))
+        return (budget - held) * (GAPS - 1) // GAPS if is_gpu else budget - held
 
     @property
     def host_peak(self) -> int:
@@ -110,13 +118,14 @@ def predict(
     recipe: Recipe,
     budget: Budget,
     device: torch.device,
+    last_pass: LastPass = LastPass(),  # noqa: B008 frozen
 ) -> Footprint:
     """The first of device (a GPU's), host and disk with which both peaks are within the budget.
 
     If none is, the footprint of the disk with refusals. Sampling that does not fit is refused by itself: it needs
     the whole model, and a file of tokens does not.
     """
-    sizes = _Sizes(desc, calibration, n_held_out, recipe, device)
+    sizes = _Sizes(desc, calibration, n_held_out, recipe, device, last_pass)
     is_cuda = device.type != "cpu"
     places = (Place.DEVICE, Place.HOST, Place.DISK) if is_cuda else (Place.HOST, Place.DISK)
     for place in places:
@@ -136,8 +145,18 @@ def _footprint(sizes: _Sizes, place: Place, budget: Budget) -> Footprint:
     if sizes.device.type == "cpu":
         here = streams if place is Place.HOST else []
         return Footprint(place, (), (*here, *compute, *host), on_disk, budget)
-    gpu = (*streams, *compute) if place is Place.DEVICE else tuple(compute)
+    held = [*streams, *compute] if place is Place.DEVICE else compute
+    gpu = (*held, *_overhead(held))
     return Footprint(place, gpu, (*streams, *host) if place is Place.HOST else tuple(host), on_disk, budget)
+
+
+def _overhead(parts: Sequence[MemoryPart]) -> Iterator[MemoryPart]:
+    """What a GPU takes besides these tensors."""
+    for phase in Phase:
+        held = sum(p.n_bytes for p in parts if phase in p.phases)
+        if held:
+            yield MemoryPart("gaps between tensors", held // GAPS, (phase,))
+    yield MemoryPart("CUDA context and libraries", CUDA_CONTEXT, tuple(Phase))
 
 
 def _excess(found: Footprint, *, is_sampling: bool) -> Iterator[Refusal]:
@@ -160,7 +179,8 @@ def _excess(found: Footprint, *, is_sampling: bool) -> Iterator[Refusal]:
         if is_sampling:
             todo = "give --calibration FILE: only sampling from the model needs all of it in memory"
         else:
-            todo = f"give {option} {-(-needed >> 20)}MiB on a machine that has it, or use a shorter --length"
+            instead = "leave it out (--refine 0)" if phase is Phase.REFINE else "use a shorter --length"
+            todo = f"give {option} {-(-needed >> 20)}MiB on a machine that has it, or {instead}"
         yield Refusal("memory", why, todo)
 
 
@@ -173,48 +193,87 @@ class _Sizes:
     n_held_out: int
     recipe: Recipe
     device: torch.device
+    last_pass: LastPass
 
     def streams(self) -> Iterator[MemoryPart]:
         """Activations; the held-out sequences always run through the source too."""
         recipe, per = self.recipe, self.calibration.length * self.desc.dims.hidden * F32
         is_source_wanted = Rounder(recipe).needs_source or recipe.refine != 0
-        yield MemoryPart("activations", self.calibration.sequences * per, _WALK)
+        throughout = (*_WALK, Phase.REFINE)
+        # They are needed behind the last block too where the last pass follows.
+        phases = (*throughout, Phase.JUDGE) if self.last_pass.scope == "model" else throughout
+        yield MemoryPart("activations", self.calibration.sequences * per, phases)
         if is_source_wanted:
-            yield MemoryPart("source activations", self.calibration.sequences * per, _WALK)
-        yield MemoryPart("held-out activations", 2 * self.n_held_out * per, (*_WALK, Phase.JUDGE))
+            yield MemoryPart("source activations", self.calibration.sequences * per, phases)
+        if self.last_pass.scope == "block":
+            kept = self.calibration.sequences * per
+            yield MemoryPart("inputs of the block for its last pass", kept, (*_BLOCK, Phase.REFINE))
+        yield MemoryPart("held-out activations", 2 * self.n_held_out * per, (*throughout, Phase.JUDGE))
 
     def compute(self) -> Iterator[MemoryPart]:
         """What lies on the device besides activations."""
-        dims = self.desc.dims
-        block = self._block_elements()
-        wide = max(dims.ffn, dims.hidden, dims.n_heads * dims.head)
-        has_source = Rounder(self.recipe).needs_source
-        square = wide * wide
-        matrices = max(rows * columns for rows, columns in self._sweeps())
-        yield MemoryPart("block weights, source's and quantized", 2 * block * F32, _BLOCK)
-        yield MemoryPart("the block as decoded for the next", block * F32, (Phase.FORWARD,))
-        yield MemoryPart("codes of the block", int(block * CODED_BYTES), (Phase.SWEEP, Phase.FORWARD))
-        yield MemoryPart("Gram and cross moments", (1 + has_source) * square * F32, _BLOCK[:3])
-        yield MemoryPart("batch temporaries", self._batch(), (Phase.STATISTICS, Phase.FORWARD))
+        yield from self._blocks()
         if self.recipe.rounding == "gptq":
-            factor = FACTOR_MATRICES * square * F64
-            yield MemoryPart("inverse Hessian's factor, f64", factor, (Phase.FACTOR,))
-            yield MemoryPart("factor, f32", square * F32, (Phase.SWEEP,))
-        yield MemoryPart("sweep temporaries", SWEEP_MATRICES * matrices * F32, (Phase.SWEEP,))
-        if self.recipe.polish and self.recipe.rounding == "gptq":
-            polish = (square + POLISH_MATRICES * matrices) * F32
-            yield MemoryPart("codes chosen again", polish, (Phase.SWEEP,))
-        ends = dims.vocab * dims.hidden * F32
-        yield MemoryPart("embedding or head, and its rounding", ENDS_MATRICES * ends, (Phase.ENDS,))
-        yield MemoryPart("heads, source's and quantized", 2 * ends, (Phase.JUDGE,))
-        n_judged = min(JUDGED_TOKENS, self.calibration.length)
-        yield MemoryPart("log-probabilities", n_judged * dims.vocab * JUDGE_BYTES, (Phase.JUDGE,))
+            yield from self._compensation()
+        yield from self._ends()
+        yield MemoryPart("batch temporaries", self._batch(), (Phase.STATISTICS, Phase.FORWARD))
+        if self.last_pass.steps:
+            yield MemoryPart("last pass", self.last_pass.n_bytes, (Phase.REFINE,))
         if self.calibration.source == "self":
             n_seq = self.calibration.sequences + self.n_held_out
             sampling = sample_bytes(self.desc, n_seq, self.calibration.length, self.device)
             yield MemoryPart("whole model", sampling.weights, (Phase.SAMPLE,))
             yield MemoryPart("keys and values", sampling.past, (Phase.SAMPLE,))
             yield MemoryPart("sampling temporaries", sampling.step, (Phase.SAMPLE,))
+
+    def _blocks(self) -> Iterator[MemoryPart]:
+        """Weights, codes and statistics of a block."""
+        recipe, block, dims = self.recipe, self._block_elements(), self.desc.dims
+        phases = (*_BLOCK, Phase.REFINE) if self.last_pass.scope == "block" else _BLOCK
+        yield MemoryPart("block weights, source's and quantized", 2 * block * F32, phases)
+        yield MemoryPart("codes of the block", int(block * CODED_BYTES), (Phase.SWEEP, Phase.FORWARD))
+        moments = (1 + Rounder(recipe).needs_source) * F32
+        yield MemoryPart("Gram and cross moments", moments * self._square(), _BLOCK[:3])
+        narrow = max(dims.hidden, dims.n_heads * dims.head) ** 2
+        yield MemoryPart("moments of the inputs before", moments * narrow, (Phase.STATISTICS, Phase.FORWARD))
+        rows = max(rows * columns for rows, columns in self._sweeps())
+        is_moved = recipe.dac or recipe.norm_scales or recipe.value_scales or recipe.dsq
+        yield MemoryPart("matrices rounded together", (1 + is_moved) * rows * F32, (Phase.SWEEP,))
+        yield MemoryPart("their codes", int(CODES_HELD * rows * CODED_BYTES), (Phase.SWEEP,))
+
+    def _compensation(self) -> Iterator[MemoryPart]:
+        """What a sweep needs."""
+        recipe, square = self.recipe, self._square()
+        factor = square * (F32 + FACTOR_MATRICES * F64)
+        yield MemoryPart("Hessian in its order, and inverted in f64", factor, (Phase.FACTOR,))
+        is_polished, is_drifting = (
+            recipe.polish > 0,
+            recipe.asymmetry > 0 and recipe.asymmetry_form != "closed",
+        )
+        yield MemoryPart("factor", (1 + is_polished + is_drifting) * square * F32, (Phase.SWEEP,))
+        n = (POLISH_SLABS if is_polished else SWEEP_SLABS) * F32
+        *others, down = self._sweeps()
+        whole = down[0] * down[1] if recipe.dsq else _slab(*down)
+        yield MemoryPart("sweep temporaries", n * max(*(_slab(*m) for m in others), whole), (Phase.SWEEP,))
+        dims = self.desc.dims
+        head = n * _slab(dims.vocab, dims.hidden) + 4 * dims.hidden**2 * F32
+        yield MemoryPart("sweep temporaries of the head", head, (Phase.ENDS,))
+        if self.device.type != "cpu":
+            heights = sum(slabs(*m)[0].stop for m in (*self._sweeps(), (dims.vocab, dims.hidden)))
+            recorded = RECORDED_ARRAYS * LAZY_COLUMNS * heights * F32
+            yield MemoryPart("recorded kernels", recorded, (*_WALK, Phase.JUDGE))
+
+    def _ends(self) -> Iterator[MemoryPart]:
+        """Embedding and head, which are never there at the same time; the temporaries are of a batch's final norm."""
+        dims = self.desc.dims
+        ends = dims.vocab * dims.hidden
+        n_bytes = (
+            ends * F32 + int(CODES_HELD * ends * CODED_BYTES) + 4 * self._batch_tokens() * dims.hidden * F32
+        )
+        yield MemoryPart("embedding or head, and its codes", n_bytes, (Phase.ENDS,))
+        yield MemoryPart("heads, source's and quantized", 2 * ends * F32, (Phase.JUDGE,))
+        n_judged = min(JUDGED_TOKENS, self.calibration.length)
+        yield MemoryPart("log-probabilities", n_judged * dims.vocab * JUDGE_BYTES, (Phase.JUDGE,))
 
     def host(self) -> Iterator[MemoryPart]:
         """What lies in host memory whatever the device is. The two embeddings stay until the streams are made."""
@@ -255,20 +314,34 @@ class _Sizes:
             (dims.hidden, dims.ffn),
         ]
 
-    def _batch(self) -> int:
-        """Of one batch: gate, SiLU of it and up, or the attention's arrays, for the teacher and for the student."""
-        dims, length = self.desc.dims, self.calibration.length
+    def _square(self) -> int:
+        """Elements of the widest input's second moments."""
+        dims = self.desc.dims
+        return int(max(dims.ffn, dims.hidden, dims.n_heads * dims.head) ** 2)
+
+    def _batch_tokens(self) -> int:
+        length = self.calibration.length
         n_seq = min(max(BATCH_TOKENS // length, 1), max(self.calibration.sequences, self.n_held_out))
+        return n_seq * length
+
+    def _batch(self) -> int:
+        """Of one batch: the teacher's FFN with the student's output beside it, or the attention's arrays."""
+        dims, length, n_tokens = self.desc.dims, self.calibration.length, self._batch_tokens()
         q_out, kv_out = dims.n_heads * dims.head, dims.n_kv_heads * dims.head
-        ffn = 2 * n_seq * length * (3 * dims.ffn + 3 * dims.hidden) * F32
-        attention = n_seq * length * (8 * q_out + 6 * kv_out + 4 * dims.hidden) * F32
+        ffn = n_tokens * (4 * dims.ffn + 5 * dims.hidden) * F32
+        attention = n_tokens * (8 * q_out + 6 * kv_out + 4 * dims.hidden) * F32
         # `Block.attention_received` holds one sequence's scores, masked, their softmax and its square.
         received = 4 * dims.n_heads * length * length * F32 if self.recipe.attention_weights else 0
-        return max(ffn, attention, received + 2 * n_seq * length * dims.hidden * F32)
+        return max(ffn, attention, received + 2 * n_tokens * dims.hidden * F32)
 
     def _noise(self) -> int:
         n_seq = self.calibration.sequences + self.n_held_out
         return 2 * n_seq * self.desc.dims.vocab * F32
+
+
+def _slab(n_out: int, n_in: int) -> int:
+    """Elements of the largest slab of a matrix."""
+    return int(slabs(n_out, n_in)[0].stop) * n_in
 
 
 def footprint_facts(footprint: Footprint) -> Mapping[str, object]:

@@ -102,6 +102,8 @@ class Walk:
             self.watch.step(n_layers, "output")
             files.wait()
             self._output(stream, notes)
+            if self.last_pass.scope != "model":
+                stream.close()
             divergence = self._compare(judged)
             self.watch.step(n_layers + 1, "output")
             result = WalkResult(divergence, notes.errors, notes.folds, blocks=refined)
@@ -304,7 +306,7 @@ class Walk:
                     w[rows.mine], self.plan.storage(head), statistics, str(head), source[rows.mine]
                 )
                 tensors[head] = rows.gather(part)
-                about.errors.append(error_of(str(head), w, decoded(tensors[head]), statistics))
+                about.errors.append(error_of(str(head), w, tensors[head], statistics))
             self.store.write(OUTPUT, tensors, about)
         about = self.store.notes(OUTPUT, BlockNotes)
         notes.errors += about.errors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import msgspec
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor
 from d2qconv.calibrate.statistics import InputStatistics
 from d2qconv.export.base import FloatType
 from d2qconv.grids.base import Grid
-from d2qconv.ir.coded import Coded, Held
+from d2qconv.ir.coded import Coded, Held, cat_rows, decoded
 from d2qconv.precision import tensor_cores
-from d2qconv.quant.dsq import SCALE, ColumnScaled, split
+from d2qconv.quant.dsq import SCALE, ColumnScaled, HasInner, split
 from d2qconv.quant.hessian import drift, inverse_factor, toward_source
 from d2qconv.quant.order import gar
 from d2qconv.quant.polish import damped, polish
+from d2qconv.quant.slabs import slabs
 from d2qconv.quant.sweep import Drift, gptq, round_to_nearest
 from d2qconv.run import Recipe
 from d2qconv.timing import timed
@@ -70,52 +73,94 @@ class Rounder:
     def _compensated(
         self, w: Tensor, grid: Grid, statistics: InputStatistics, where: str, source: Tensor
     ) -> Coded:
-        """The sweep, with what the recipe adds to it."""
-        recipe, pull = self.recipe, None
+        """The sweep, with what the recipe adds to it, slab by slab where rows are independent."""
+        sweep = _Compensation.of(self.recipe, grid, statistics, where)
+        rows = [slice(0, len(w))] if isinstance(grid, HasInner) else slabs(*w.shape)
+        return cat_rows([sweep(w[some], source[some]) for some in rows])
+
+
+@dataclass(frozen=True)
+class _Compensation:
+    """What all rows of a matrix share while they are rounded.
+
+    order: i64[n_in] on the CPU, or None. factor: f32[n_in, n_in] in that order. drift: of `quant.hessian.drift`, for
+    the forms of asymmetry that have it.
+    """
+
+    recipe: Recipe
+    grid: Grid
+    statistics: InputStatistics
+    order: Tensor | None
+    factor: Tensor
+    drift: Tensor | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, grid: Grid, statistics: InputStatistics, where: str) -> _Compensation:
+        """Order and factor; raises RunError."""
         with timed("factor"):
-            order = gar(statistics.gram.diagonal(), grid) if recipe.order == "gar" else None
-            here = statistics if order is None else statistics.ordered(order)
-            factor = inverse_factor(here.gram, recipe.damping, where)
-            if here.cross is None or recipe.asymmetry == 0:
-                pass
-            elif recipe.asymmetry_form == "closed":
-                miss = _taken(source, order) @ here.cross - _taken(w, order) @ here.gram
-                moved = toward_source(_taken(w, order), miss, factor, recipe.asymmetry)
-                w = moved if order is None else _taken(moved, order.argsort())
-            else:
-                p = drift(here.gram, here.cross, factor, recipe.asymmetry)
-                pull = Drift(p, source if recipe.asymmetry_form == "rescomp" else None)
-        coded = gptq(w, factor, grid, is_refit=recipe.refit, order=order, drift=pull)
-        del here, factor
+            gram, cross = statistics.gram, statistics.cross
+            order = gar(gram.diagonal(), grid) if recipe.order == "gar" else None
+            factor = inverse_factor(_square(gram, order), recipe.damping, where)
+            moves = None
+            if cross is not None and recipe.asymmetry > 0 and recipe.asymmetry_form != "closed":
+                moves = drift(_square(gram, order), _square(cross, order), factor, recipe.asymmetry)
+        return cls(recipe, grid, statistics, order, factor, moves)
+
+    def __call__(self, w: Tensor, source: Tensor) -> Coded:
+        """Some rows, f32[n, n_in], and the source's."""
+        recipe, cross, gram = self.recipe, self.statistics.cross, self.statistics.gram
+        pull = None
+        if self.drift is not None:
+            pull = Drift(self.drift, source if recipe.asymmetry_form == "rescomp" else None)
+        elif cross is not None and recipe.asymmetry > 0:
+            with timed("factor"):
+                miss = (source @ cross).addmm_(w, gram, alpha=-1)
+                w = toward_source(w, miss, self.factor, recipe.asymmetry, self.order)
+                del miss
+        coded = gptq(w, self.factor, self.grid, is_refit=recipe.refit, order=self.order, drift=pull)
         if recipe.polish == 0 or pull is not None:
             return coded
-        return self._polished(w, statistics.gram, coded)
+        return self._polished(w, coded)
 
-    def _polished(self, w: Tensor, gram: Tensor, coded: Coded) -> Coded:
+    def _polished(self, w: Tensor, coded: Coded) -> Coded:
         """Codes chosen again; column scales stay, so the inner grid sees weights and inputs as scaled by them."""
-        recipe, hessian = self.recipe, damped(gram, self.recipe.damping)
+        recipe, hessian = self.recipe, self._hessian
         if not isinstance(coded.grid, ColumnScaled):
             return polish(w, hessian, coded, passes=recipe.polish, is_refit=recipe.refit)
         inner, c = split(coded)
-        hessian.mul_(c).mul_(c[:, None])
+        hessian = (hessian * c).mul_(c[:, None])
         found = polish(w / c, hessian, inner, passes=recipe.polish, is_refit=recipe.refit)
         return replace(coded, codes=found.codes, params={**found.params, SCALE: coded.params[SCALE]})
 
-
-def error_of(tensor: str, w: Tensor, approximation: Tensor, statistics: InputStatistics) -> TensorError:
-    """Relative errors of `approximation` against w, both f32[n_out, n_in]."""
-    difference = w - approximation
-    gram = statistics.gram
-    return TensorError(
-        tensor,
-        float(difference.square().sum() / w.square().sum().clamp_min(1e-30)),
-        float(((difference @ gram) * difference).sum() / ((w @ gram) * w).sum().clamp_min(1e-30)),
-    )
+    @cached_property
+    def _hessian(self) -> Tensor:
+        return damped(self.statistics.gram, self.recipe.damping)
 
 
-def _taken(w: Tensor, order: Tensor | None) -> Tensor:
-    """Columns of w in that order."""
-    return w if order is None else w[:, order.to(w.device)]
+def error_of(tensor: str, w: Tensor, approximation: Held, statistics: InputStatistics) -> TensorError:
+    """Relative errors of `approximation` against w, both [n_out, n_in]; f32 sums of a slab, added up in f64."""
+    sums = torch.zeros(4, dtype=torch.float64, device=w.device)
+    for some in slabs(*w.shape):
+        part = approximation.rows(some) if isinstance(approximation, Coded) else approximation[some]
+        difference = w[some] - decoded(part)
+        sums += torch.stack(
+            [*_energies(difference, statistics.gram), *_energies(w[some], statistics.gram)]
+        ).double()
+    weight, output, whole_weight, whole_output = sums.tolist()
+    return TensorError(tensor, weight / max(whole_weight, 1e-30), output / max(whole_output, 1e-30))
+
+
+def _energies(w: Tensor, gram: Tensor) -> Sequence[Tensor]:
+    """‖W‖² and tr(W H Wᵀ)."""
+    return w.square().sum(), (w @ gram).mul_(w).sum()
+
+
+def _square(moment: Tensor, order: Tensor | None) -> Tensor:
+    """f32[n, n] with rows and columns in that order."""
+    if order is None:
+        return moment
+    index = order.to(moment.device)
+    return moment[index][:, index]
 
 
 def positive(diagonal: Tensor) -> Tensor:

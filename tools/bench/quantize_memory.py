@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,12 +70,13 @@ class Sampler:
 
 
 def _nvml_device() -> object | None:
-    """NVML's handle of GPU 0, None without NVML. Makes no CUDA context."""
+    """NVML's handle of the first visible GPU, None without NVML. Makes no CUDA context."""
     try:
         import pynvml  # noqa: PLC0415
 
         pynvml.nvmlInit()
-        handle: object = pynvml.nvmlDeviceGetHandleByIndex(0)
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        handle: object = pynvml.nvmlDeviceGetHandleByIndex(int(first))
     except Exception:  # noqa: BLE001  no library, no driver, no device: all the same here
         return None
     return handle

@@ -90,9 +90,12 @@ class CodeBookGrid(GgmlGrid):
 
     def _scales(self, params: Params, col: int, n: int) -> Tensor:
         """Scales d (s + ½) unit of the runs of the columns col .. col+n: f32[n_out, n / step]."""
-        scale = params["d"].float()[:, :, None] * (params["s"].float() + 0.5) * self.unit
+        first, last = col // self.group, -(-(col + n) // self.group)
+        s = params["s"][:, 0:1, first:last] if params["d"].shape[1] == 1 else params["s"]
+        scale = params["d"].float()[:, :, None] * (s.float() + 0.5) * self.unit
         runs = scale.flatten(1).repeat_interleave(self.group // self.step, dim=1)
-        return runs[:, col // self.step : (col + n) // self.step]
+        start = (col - first * self.group) // self.step
+        return runs[:, start : start + n // self.step]
 
 
 def _in_units(w: Tensor, scale: Tensor) -> Tensor:

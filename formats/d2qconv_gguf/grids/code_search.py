@@ -18,7 +18,7 @@ Dtypes: f32; codes are i32. Nothing here waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations
 
 import numpy as np
@@ -45,7 +45,7 @@ class Book:
     step: int
     is_even: bool
 
-    @property
+    @cached_property
     def n_words(self) -> int:
         """Words in the table."""
         return len(code_words.words(self.table, self.levels, self.width))
@@ -69,17 +69,10 @@ class Book:
         """Signed magnitudes f32[..., step] of codes i32[...]."""
         t = tables(self, codes.device)
         n_halves = self.step // self.width
-        words = [
-            embedding(codes >> self.word_bits * half & (self.n_words_mask), t.words)
-            for half in range(n_halves)
-        ]
+        mask = (1 << self.word_bits) - 1
+        words = [embedding(codes >> self.word_bits * half & mask, t.words) for half in range(n_halves)]
         magnitudes = words[0] if n_halves == 1 else torch.cat(words, -1)
         return magnitudes * embedding(codes >> self.word_bits * n_halves, t.signs)
-
-    @property
-    def n_words_mask(self) -> int:
-        """Of a word's number."""
-        return (1 << self.word_bits) - 1
 
 
 @dataclass(frozen=True)
@@ -184,9 +177,10 @@ def _two_words(t: Tables, target: Tensor, signs: Tensor, metric: Tensor) -> tupl
     """The two words of a code: the first with the second free to make up for it, then the second."""
     k = t.words.shape[1]
     a, b, c = metric[:k, :k], metric[:k, k:], metric[k:, k:]
-    # (bᵀ a-part) What an error of the first half asks of the second: −c⁻¹ bᵀ e.
+    # An error e of the first half is best met by −c⁻¹ bᵀ e of the second.
     lower, _ = torch.linalg.cholesky_ex(c)
-    answer = torch.cholesky_solve(b.T, lower)
+    half = torch.linalg.solve_triangular(lower, b.T, upper=False)
+    answer = torch.linalg.solve_triangular(lower.T, half, upper=True)
     (first,) = _words(t, target[:, :k], signs[:, :k], a - b @ answer)
     miss = target[:, :k] - embedding(first, t.words) * signs[:, :k]
     (second,) = _words(t, target[:, k:] + miss @ answer.T, signs[:, k:], c)

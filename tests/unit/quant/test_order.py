@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2qconv.grids.affine import AffineGrid
+from d2qconv.quant.dsq import ColumnScaled
 from d2qconv.quant.hessian import inverse_factor
 from d2qconv.quant.order import gar
 from d2qconv.quant.sweep import gptq
@@ -112,23 +113,22 @@ def test_the_natural_order_given_changes_no_bit(name):
         assert torch.equal(plain.params[param], given_order.params[param]), param
 
 
+def random_order(n_in, grid, seed):
+    """A valid order that knows nothing of the Hessian."""
+    return gar(torch.rand(n_in, generator=torch.Generator().manual_seed(seed)), grid)
+
+
 @pytest.mark.parametrize("name", GRID_NAMES)
-def test_an_order_of_whole_blocks_is_a_sweep_over_the_moved_columns(name):
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_a_sweep_in_any_valid_order_is_one_over_the_moved_columns(name, is_scaled):
     """And codes and parameters come back at the columns that they belong to."""
     w, gram = problem()
-    grid = grid_of(name)
-    generator = torch.Generator().manual_seed(1)
-    places = torch.randperm(512 // grid.block, generator=generator)
-    order = torch.arange(512).view(-1, grid.block)[places].reshape(-1)
+    grid = ColumnScaled(grid_of(name)) if is_scaled else grid_of(name)
+    order = random_order(512, grid, seed=1)
     moved = swept(w[:, order], gram[order][:, order], grid, None)
     got = swept(w, gram, grid, order)
     assert torch.equal(got.codes[:, order], moved.codes)
     assert torch.equal(got.decode()[:, order], moved.decode())
-
-
-def random_order(n_in, grid, seed):
-    """A valid order that knows nothing of the Hessian."""
-    return gar(torch.rand(n_in, generator=torch.Generator().manual_seed(seed)), grid)
 
 
 @pytest.mark.parametrize("name", GRID_NAMES)

@@ -28,18 +28,17 @@ def make(name, n, seed=0, *, is_scaled=False):
     )
     group = (grid.block // grid.group) // 2
     first = group * grid.group
-    places = torch.arange(first, first + n)
-    return grid, take_block(params, 0), group, w[:, first : first + n].T.contiguous(), factor, places
+    return grid, take_block(params, 0), group, w[:, first : first + n].T.contiguous(), factor, first
 
 
 def test_a_panel_is_columns_one_by_one():
-    grid, params, _, rest, factor, places = make("q2_k", 16)
+    grid, params, _, rest, factor, first = make("q2_k", 16)
     codes = torch.empty(16, 37, dtype=torch.uint8)
     errors = torch.empty(16, 37)
     left = rest.clone()
-    round_panel(Panel(rest.clone(), factor, places), grid, params, codes, errors)
+    round_panel(Panel(rest.clone(), factor, first), grid, params, codes, errors)
     for j in range(16):
-        place = int(places[j])
+        place = first + j
         code = grid.encode(left[j : j + 1].T, params, place)
         error = (left[j] - grid.decode(code, params, place)[:, 0]) / factor[j, j]
         assert torch.equal(codes[j], code[:, 0])
@@ -49,14 +48,14 @@ def test_a_panel_is_columns_one_by_one():
 
 
 def test_drift_pulls_what_the_column_or_the_source_weighs():
-    grid, params, _, rest, factor, places = make("q4_0", 32)
+    grid, params, _, rest, factor, first = make("q4_0", 32)
     drift = torch.triu(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)), 1)
     pull = torch.randn_like(rest)
     seen = []
     for given in (None, pull):
         mine = rest.clone()
         codes, errors = torch.empty(32, 37, dtype=torch.uint8), torch.empty(32, 37)
-        round_panel(Panel(mine, factor, places, drift, given), grid, params, codes, errors)
+        round_panel(Panel(mine, factor, first, drift, given), grid, params, codes, errors)
         expected = rest[1] - factor[0, 1] * errors[0] + drift[0, 1] * (rest[0] if given is None else pull[0])
         assert torch.equal(mine[1], expected)
         seen.append(codes)
@@ -69,7 +68,7 @@ def compare(name, n, is_scaled, with_drift, with_pull, with_old):
 
     from d2qconv.quant import panel_triton
 
-    grid, params, group, rest, factor, places = make(name, n, is_scaled=is_scaled)
+    grid, params, group, rest, factor, first = make(name, n, is_scaled=is_scaled)
     drift = (
         torch.triu(torch.randn(n, n, generator=torch.Generator().manual_seed(1)), 1) if with_drift else None
     )
@@ -80,13 +79,13 @@ def compare(name, n, is_scaled, with_drift, with_pull, with_old):
     results = []
     for way in ("plain", "kernel"):
         mine = rest.clone()
-        panel = Panel(mine, factor, places, drift, pull, old)
+        panel = Panel(mine, factor, first, drift, pull, old)
         codes, errors = torch.empty(n, 37, dtype=torch.uint8), torch.empty(n, 37)
         if way == "plain":
             round_panel(panel, grid, params, codes, errors)
         else:
             scale = lattice.column_scale
-            inside = places - group * grid.group
+            inside = torch.arange(n) + first - group * grid.group
             panel_triton.round_panel(
                 panel, replace(lattice, column_scale=None if scale is None else scale[inside]), codes, errors
             )

@@ -73,9 +73,18 @@ def planned(model, carrier, grid):
     return TargetPlan("test", tensors, carrier, "", ())
 
 
-def walk(model, folder, *, carrier=Carrier.NONE, grid=AFFINE, last_pass=LastPass(), **recipe):  # noqa: B008
-    rows = torch.randint(128, (10, 32), generator=torch.Generator().manual_seed(2))
-    tokens = CalibrationTokens(rows[:8], rows[8:], "random")
+def walk(
+    model,
+    folder,
+    *,
+    carrier=Carrier.NONE,
+    grid=AFFINE,
+    last_pass=LastPass(),  # noqa: B008
+    sequences=8,
+    **recipe,
+):
+    rows = torch.randint(128, (sequences + 2, 32), generator=torch.Generator().manual_seed(2))
+    tokens = CalibrationTokens(rows[:-2], rows[-2:], "random")
     return Walk(
         model, planned(model, carrier, grid), Rounder(replace(BASE, **recipe)), tokens,
         SharedStore(Team.alone(), Store(folder, "f", ALL_GRIDS), ALL_GRIDS), CPU, Unwatched(),
@@ -350,13 +359,15 @@ def test_an_option_of_the_sweep_changes_the_codes(make, tmp_path, option):
 def test_a_last_pass_is_kept_stored_and_judged(make, tmp_path, scope, carrier):
     model = make(tied=False)
     with_pass = LastPass(scope, 6)
-    run = walk(model, tmp_path / "w", carrier=carrier, last_pass=with_pass)
+    # Sequences enough that what is reserved of them shows more than chance.
+    run = walk(model, tmp_path / "w", carrier=carrier, last_pass=with_pass, sequences=48)
     result = run.run()
     stored = as_model(run)
     assert result.divergence.mean_kl == pytest.approx(
         divergence(model, stored, run.tokens.held_out), rel=1e-3
     )
-    plain = walk(model, tmp_path / "p", carrier=carrier, last_pass=replace(with_pass, scope="none"))
+    none = replace(with_pass, scope="none")
+    plain = walk(model, tmp_path / "p", carrier=carrier, last_pass=none, sequences=48)
     before = plain.run()
     notes = [result.refined] if scope == "model" else result.blocks
     assert [n.steps for n in notes] == [6] * (1 if scope == "model" else 2)

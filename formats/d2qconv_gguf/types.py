@@ -30,6 +30,8 @@ FILE_TYPES: Mapping[str, LlamaFileType] = {
     "q2_k": LlamaFileType.MOSTLY_Q2_K_S,
     "q3_k": LlamaFileType.MOSTLY_Q3_K_S,
     "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
+    "q5_k": LlamaFileType.MOSTLY_Q5_K_S,
+    "q6_k": LlamaFileType.MOSTLY_Q6_K,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
     "f32": LlamaFileType.ALL_F32,

@@ -10,7 +10,15 @@ from d2qconv_gguf.codecs import CODECS
 from d2qconv_gguf.grids import GRIDS
 
 #: Byte offsets of the f16 numbers in a block.
-HALVES = {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q4_0": (0,), "q8_0": (0,)}
+HALVES = {
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "q4_0": (0,),
+    "q8_0": (0,),
+}
 
 
 class GgufLaws(GridLaws):
@@ -44,6 +52,14 @@ class TestQ3K(GgufLaws):
 
 class TestQ4K(GgufLaws):
     grid, codec, max_fit_error = GRIDS["q4_k"], CODECS["q4_k"], 0.0050
+
+
+class TestQ5K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q5_k"], CODECS["q5_k"], 0.00125
+
+
+class TestQ6K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q6_k"], CODECS["q6_k"], 0.0004
 
 
 class TestQ40(GgufLaws):

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from d2qconv_gguf.codecs.base import Codec
-from d2qconv_gguf.codecs.k_quants import Q2KCodec, Q3KCodec, Q4KCodec
+from d2qconv_gguf.codecs.k_quants import Q2KCodec, Q3KCodec, Q4KCodec, Q5KCodec, Q6KCodec
 from d2qconv_gguf.codecs.legacy import Q40Codec, Q80Codec
 from d2qconv_gguf.grids import GRIDS
 
-#: `q2_k`, `q3_k`, `q4_k`, `q4_0`, `q8_0`.
+#: One for every grid of `GRIDS`.
 CODECS: Mapping[str, Codec] = MappingProxyType(
     {
         "q2_k": Q2KCodec(GRIDS["q2_k"]),
         "q3_k": Q3KCodec(GRIDS["q3_k"]),
         "q4_k": Q4KCodec(GRIDS["q4_k"]),
+        "q5_k": Q5KCodec(GRIDS["q5_k"]),
+        "q6_k": Q6KCodec(GRIDS["q6_k"]),
         "q4_0": Q40Codec(GRIDS["q4_0"]),
         "q8_0": Q80Codec(GRIDS["q8_0"]),
     }

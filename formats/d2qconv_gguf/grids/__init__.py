@@ -6,11 +6,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from d2qconv.grids.base import Grid
-from d2qconv_gguf.grids.affine_k import Q2K, Q4K
+from d2qconv_gguf.grids.affine_k import Q2K, Q4K, Q5K
 from d2qconv_gguf.grids.scalar import ScalarGrid
-from d2qconv_gguf.grids.symmetric import Q3K, Q40, Q80
+from d2qconv_gguf.grids.symmetric import Q3K, Q6K, Q40, Q80
 
-_ALL: tuple[ScalarGrid, ...] = (Q2K(), Q3K(), Q4K(), Q40(), Q80())
+_ALL: tuple[ScalarGrid, ...] = (
+    Q2K(),
+    Q3K(),
+    Q4K(),
+    Q5K(),
+    Q6K(),
+    Q40(),
+    Q80(),
+)
 
-#: `q2_k`, `q3_k`, `q4_k`, `q4_0`, `q8_0`.
+#: By id: `q2_k`, `q3_k`, …
 GRIDS: Mapping[str, Grid] = MappingProxyType({grid.id: grid for grid in _ALL})

@@ -87,6 +87,28 @@ def test_q4_k_by_hand():
     ]
 
 
+def test_q5_k_by_hand():
+    # As above, and bit 4 of the codes is set in the odd runs of 32 (0b10101010).
+    sc, m = [5 + 8 * j for j in range(8)], [63 - 8 * j for j in range(8)]
+    scales = [sc[j] | (sc[j + 4] >> 4) << 6 for j in range(4)]
+    scales += [m[j] | (m[j + 4] >> 4) << 6 for j in range(4)]
+    scales += [sc[j + 4] & 15 | (m[j + 4] & 15) << 4 for j in range(4)]
+    block = MINUS_TWO + HALF + bytes(scales) + b"\xaa" * 32 + b"\x49" * 128
+    codes = [9, 20] * 4
+    assert values("q5_k", block) == [
+        -2.0 * sc[c // 32] * codes[c // 32] - 0.5 * m[c // 32] for c in range(256)
+    ]
+
+
+def test_q6_k_by_hand():
+    # Low nibbles 9 in columns 0..63 of a half, 4 in 64..127; the high bits are 0,1,2,3 by 32s (0b11100100).
+    # sc = -128, -111, ..., 127.
+    sc = [17 * k - 128 for k in range(16)]
+    block = b"\x49" * 128 + b"\xe4" * 64 + bytes(s & 255 for s in sc) + HALF
+    codes = [9, 9 + 16, 4 + 32, 4 + 48] * 2
+    assert values("q6_k", block) == [0.5 * sc[c // 16] * (codes[c // 32] - 32) for c in range(256)]
+
+
 def test_half_precision_of_either_kind_survives():
     # The smallest subnormal and the largest number.
     assert values("q4_0", b"\x01\x00" + b"\x99" * 16) == [2.0**-24] * 32

@@ -32,6 +32,8 @@ FILE_TYPES: Mapping[str, LlamaFileType] = {
     "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
     "q5_k": LlamaFileType.MOSTLY_Q5_K_S,
     "q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "iq4_xs": LlamaFileType.MOSTLY_IQ4_XS,
+    "iq4_nl": LlamaFileType.MOSTLY_IQ4_NL,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
     "f32": LlamaFileType.ALL_F32,

@@ -16,6 +16,8 @@ HALVES = {
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
+    "iq4_xs": (0,),
+    "iq4_nl": (0,),
     "q4_0": (0,),
     "q8_0": (0,),
 }
@@ -60,6 +62,14 @@ class TestQ5K(GgufLaws):
 
 class TestQ6K(GgufLaws):
     grid, codec, max_fit_error = GRIDS["q6_k"], CODECS["q6_k"], 0.0004
+
+
+class TestIQ4XS(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["iq4_xs"], CODECS["iq4_xs"], 0.0057
+
+
+class TestIQ4NL(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["iq4_nl"], CODECS["iq4_nl"], 0.0056
 
 
 class TestQ40(GgufLaws):

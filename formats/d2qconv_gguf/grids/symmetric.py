@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.grids.base import Params
+from d2qconv_gguf.grids.levels import IQ4_LEVELS
 from d2qconv_gguf.grids.problem import Problem, has_kernels, row_chunks
 from d2qconv_gguf.grids.scalar import ScalarGrid
 from d2qconv_gguf.grids.symmetric_search import (
@@ -87,6 +88,18 @@ class Q6K(SignedK):
     search = SymmetricShape(-32, 31, tuple(28.4 + 0.4 * k for k in range(12)), inner=(-128, 127))
 
 
+class IQ4XS(SignedK):
+    """16 unequal levels, signed 6-bit sc per 32 columns: 136 bytes per 256. decode = d·(sc - 32)·level[code].
+
+    d·(sc - 32) has 16 significant bits and the product 23: exact in f32.
+    """
+
+    id = "iq4_xs"
+    block, group, levels, block_bytes = 256, 32, 16, 136
+    table = IQ4_LEVELS
+    search = SymmetricShape(-127, 113, tuple(88.0 + 3.2 * k for k in range(14)), table=IQ4_LEVELS)
+
+
 class SingleStep(ScalarGrid):
     """Base of the types with one f16 step per block."""
 
@@ -115,6 +128,15 @@ class Q40(SingleStep):
     id = "q4_0"
     block, group, levels, zero, block_bytes = 32, 32, 16, 8, 18
     search = SymmetricShape(-8, 7, tuple(5.0 + 0.2 * k for k in range(20)))
+
+
+class IQ4NL(SingleStep):
+    """16 unequal levels: 18 bytes per 32. decode = d·level[code]."""
+
+    id = "iq4_nl"
+    block, group, levels, block_bytes = 32, 32, 16, 18
+    table = IQ4_LEVELS
+    search = SymmetricShape(-127, 113, tuple(84.0 + 2.4 * k for k in range(20)), table=IQ4_LEVELS)
 
 
 class Q80(SingleStep):

@@ -109,6 +109,23 @@ def test_q6_k_by_hand():
     assert values("q6_k", block) == [0.5 * sc[c // 16] * (codes[c // 32] - 32) for c in range(256)]
 
 
+#: kvalues_iq4nl of ggml-common.h.
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def test_iq4_nl_by_hand():
+    block = HALF + bytes(i | (15 - i) << 4 for i in range(16))
+    assert values("iq4_nl", block) == [0.5 * v for v in (*IQ4, *reversed(IQ4))]
+
+
+def test_iq4_xs_by_hand():
+    # sc = 3, 11, 19, ..., 59: low nibbles 3, 11 in turn, high bits 0, 0, 1, 1, 2, 2, 3, 3.
+    sc = [3 + 8 * j for j in range(8)]
+    block = MINUS_TWO + b"\x50\xfa" + b"\xb3" * 4 + bytes(i | (15 - i) << 4 for i in range(16)) * 8
+    run = (*IQ4, *reversed(IQ4))
+    assert values("iq4_xs", block) == [-2.0 * (sc[c // 32] - 32) * run[c % 32] for c in range(256)]
+
+
 def test_half_precision_of_either_kind_survives():
     # The smallest subnormal and the largest number.
     assert values("q4_0", b"\x01\x00" + b"\x99" * 16) == [2.0**-24] * 32

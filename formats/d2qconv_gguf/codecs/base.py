@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
 from d2qconv.errors import ExportError, VerifyError
 from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded
+from d2qconv_gguf.ggml_types import GgmlType
 
 Bytes = NDArray[np.uint8]
 #: Codes that are packed at a time, so that what is made of them on the way stays in the processor's cache.
@@ -27,7 +27,7 @@ class Codec:
     grid: whose codes and params it holds. ggml_type: as written into the tensor's header. block_bytes: per block.
     """
 
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     block_bytes: int
 
     def __init__(self, grid: Grid) -> None:

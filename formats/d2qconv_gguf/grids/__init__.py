@@ -8,7 +8,7 @@ from types import MappingProxyType
 from d2qconv.grids.base import Grid
 from d2qconv_gguf.grids.affine_k import Q2K, Q4K, Q5K
 from d2qconv_gguf.grids.scalar import ScalarGrid
-from d2qconv_gguf.grids.symmetric import IQ4NL, IQ4XS, Q3K, Q6K, Q40, Q80
+from d2qconv_gguf.grids.symmetric import IQ4NL, IQ4XS, Q3K, Q6K, Q20, Q40, Q80, TQ20
 
 _ALL: tuple[ScalarGrid, ...] = (
     Q2K(),
@@ -18,6 +18,8 @@ _ALL: tuple[ScalarGrid, ...] = (
     Q6K(),
     IQ4XS(),
     IQ4NL(),
+    Q20(),
+    TQ20(),
     Q40(),
     Q80(),
 )

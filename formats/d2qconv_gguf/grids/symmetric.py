@@ -139,6 +139,25 @@ class IQ4NL(SingleStep):
     search = SymmetricShape(-127, 113, tuple(84.0 + 2.4 * k for k in range(20)), table=IQ4_LEVELS)
 
 
+class Q20(SingleStep):
+    """2-bit codes: 18 bytes per 64. decode = d·(code - 1), so -d, 0, d and 2d, d of either sign.
+
+    ggml's own quantizer sets d to the largest weight and never uses code 3; every reader knows it.
+    """
+
+    id = "q2_0"
+    block, group, levels, zero, block_bytes = 64, 64, 4, 1, 18
+    search = SymmetricShape(-1, 2, tuple(1.25 * 1.1**k for k in range(16)), n_iterations=4)
+
+
+class TQ20(SingleStep):
+    """2-bit codes: 66 bytes per 256. decode = d·(code - 1), as Q2_0. ggml means it for ternary weights."""
+
+    id = "tq2_0"
+    block, group, levels, zero, block_bytes = 256, 256, 4, 1, 66
+    search = SymmetricShape(-1, 2, tuple(1.25 * 1.12**k for k in range(16)), n_iterations=4)
+
+
 class Q80(SingleStep):
     """8-bit codes: 34 bytes per 32. decode = d·(code - 128); the file holds code - 128 as i8.
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES
 
 from d2qconv.errors import ExportError, VerifyError
 from d2qconv_gguf.codecs import CODECS
+from d2qconv_gguf.ggml_types import SIZES
 from d2qconv_gguf.grids import GRIDS
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "blocks.json").read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def test_golden_block(name):
 def test_sizes_are_those_of_gguf(name):
     codec = CODECS[name]
     assert codec.grid is GRIDS[name]
-    assert GGML_QUANT_SIZES[codec.ggml_type] == (codec.grid.block, codec.block_bytes)
+    assert SIZES[codec.ggml_type] == (codec.grid.block, codec.block_bytes)
     assert codec.grid.bits_per_weight == 8 * codec.block_bytes / codec.grid.block
     assert codec.row_bytes(512) == 512 // codec.grid.block * codec.block_bytes
 
@@ -124,6 +124,18 @@ def test_iq4_xs_by_hand():
     block = MINUS_TWO + b"\x50\xfa" + b"\xb3" * 4 + bytes(i | (15 - i) << 4 for i in range(16)) * 8
     run = (*IQ4, *reversed(IQ4))
     assert values("iq4_xs", block) == [-2.0 * (sc[c // 32] - 32) * run[c % 32] for c in range(256)]
+
+
+def test_q2_0_by_hand():
+    # 0b11100100: codes 0, 1, 2, 3 from the lowest bits on; 0b00011011: 3, 2, 1, 0.
+    block = HALF + b"\xe4" * 8 + b"\x1b" * 8
+    assert values("q2_0", block) == [-0.5, 0.0, 0.5, 1.0] * 8 + [1.0, 0.5, 0.0, -0.5] * 8
+
+
+def test_tq2_0_by_hand():
+    block = b"\xe4" * 32 + b"\x1b" * 32 + MINUS_TWO
+    levels = [2.0, 0.0, -2.0, -4.0]
+    assert values("tq2_0", block) == [v for v in (*levels, *reversed(levels)) for _ in range(32)]
 
 
 def test_half_precision_of_either_kind_survives():

@@ -31,7 +31,7 @@ def relative_error(grid, w, importance):
     [
         # What ggml's quantizer reaches with the same importance as imatrix (tools/compare_fit): .0719 and .0559,
         # .0209 and .0180, .00502 and .00420, .00125 and .00108, .000299 and .000260, .00570 and .00504, .00560 and
-        # .00494, .00668 and .00602, .000029 and .000029.
+        # .00494, .00668 and .00602, .000029 and .000029. Q2_0 and TQ2_0 are for ternary weights there: .516, .653.
         ("q2_k", 0.0680, 0.0515),
         ("q3_k", 0.0207, 0.0177),
         ("q4_k", 0.00486, 0.00400),
@@ -39,6 +39,8 @@ def relative_error(grid, w, importance):
         ("q6_k", 0.00027, 0.000222),
         ("iq4_xs", 0.00548, 0.00472),
         ("iq4_nl", 0.00548, 0.00472),
+        ("q2_0", 0.125, 0.107),
+        ("tq2_0", 0.140, 0.129),
         ("q4_0", 0.00662, 0.00595),
         ("q8_0", 0.000024, 0.000021),
     ],
@@ -84,10 +86,10 @@ def test_refit_is_near_the_best_of_all_integers(name, slack):
     assert found.sum() < 0.9 * old.sum()
 
 
-@pytest.mark.parametrize("name", ["q4_0", "iq4_nl", "q8_0"])
+@pytest.mark.parametrize("name", ["q2_0", "tq2_0", "q4_0", "iq4_nl", "q8_0"])
 def test_types_without_inner_parameters_refit_to_themselves(name):
     grid = GRIDS[name]
-    w, importance = gaussian(3, 32)
+    w, importance = gaussian(3, grid.block)
     params = grid.fit(w, importance)
     assert grid.refit(params, 0, w, importance) is params
 
@@ -190,7 +192,10 @@ def test_refusals_name_what_fits():
     for name in ("q2_k", "q3_k", "q4_k"):
         refusal = GRIDS[name].accepts((10, 576))
         assert "576" in str(refusal)
-        assert "q4_0 or q8_0" in str(refusal)
+        assert "q2_0, whose blocks have 64 columns" in str(refusal)
+        assert "iq4_nl, q4_0 or q8_0" in str(refusal)
+    assert "q2_0" not in str(GRIDS["q2_k"].accepts((10, 96)))
+    assert "q4_0" in str(GRIDS["q2_0"].accepts((10, 96)))
     assert "store this tensor as f16" in str(GRIDS["q4_0"].accepts((10, 100)))
 
 

@@ -9,7 +9,7 @@ from d2qconv.quant.hessian import inverse_factor, toward_source
 from d2qconv.quant.sweep import gptq, round_to_nearest
 from d2qconv_gguf.grids import GRIDS
 
-BLOCK_GRIDS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q4_0", "q8_0"]
+BLOCK_GRIDS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q2_0", "tq2_0", "q4_0", "q8_0"]
 
 
 def problem(n_out=24, n_in=512, seed=0):

@@ -1,10 +1,10 @@
-"""What the scalar grids of ggml have in common: decode = step · (code - zero) - offset, one code a column, or
-step · table[code].
+"""What the scalar grids of ggml have in common: decode = step · (code - zero) - offset, one code a column.
 
-A subclass says its numbers and turns params into (step, offset) per group, in f32 and in ggml's own order of
-operations. In every type here the products step · (code - zero) and the inner products d·sc, dmin·m are exact in f32
-(an f16 has 11 significant bits; scale and code together at most 12, powers of two aside), so that only the subtraction
-rounds and fused multiply-adds change nothing: CPU, CUDA, llama.cpp and gguf-py agree bit for bit.
+With a table of unequal levels decode = step · table[code]. A subclass says its numbers and turns params into
+(step, offset) per group, in f32 and in ggml's own order of operations. In every type here the products
+step · (code - zero) and the inner products d·sc, dmin·m are exact in f32 (an f16 has 11 significant bits; scale and
+code together at most 12, powers of two aside), so that only the subtraction rounds and fused multiply-adds change
+nothing: CPU, CUDA, llama.cpp and gguf-py agree bit for bit.
 """
 
 from __future__ import annotations

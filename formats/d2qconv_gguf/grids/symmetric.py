@@ -136,7 +136,7 @@ class IQ4NL(SingleStep):
     id = "iq4_nl"
     block, group, levels, block_bytes = 32, 32, 16, 18
     table = IQ4_LEVELS
-    search = SymmetricShape(-127, 113, tuple(84.0 + 2.4 * k for k in range(20)), table=IQ4_LEVELS)
+    search = SymmetricShape(-127, 113, tuple(64.0 * 1.028**k for k in range(32)), table=IQ4_LEVELS)
 
 
 class Q20(SingleStep):

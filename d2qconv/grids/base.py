@@ -47,6 +47,8 @@ class Lattice:
     column_scale: f32[group] or None; the value times this, rounded once more. levels: number of codes, from 0.
     The nearest code to w is clamp(round((w / column_scale + offset) / step), -zero, levels - 1 - zero) + zero, ties to
     the even number of steps, and `zero` where the step is 0.
+    table: f32[levels] or None: unequal levels, ascending. Then value = step · table[code] - offset, and the nearest
+    code is the number of boundaries (table[i] + table[i + 1]) / 2 below the quotient, which is 0 where the step is 0.
     """
 
     step: Tensor
@@ -54,6 +56,7 @@ class Lattice:
     offset: Tensor | None
     column_scale: Tensor | None
     levels: int
+    table: Tensor | None = None
 
 
 @runtime_checkable

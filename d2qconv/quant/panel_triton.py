@@ -38,9 +38,9 @@ def _nearest_integer_interpreted(x):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     rest, factor, factor_stride, step, zero, offset, column_scale, codes, errors, drift, drift_stride,
-    pull, old, n_out, top, n, step_stride, zero_stride, offset_stride,
+    pull, old, table, n_out, top, n, step_stride, zero_stride, offset_stride,
     HAS_OFFSET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_DRIFT: tl.constexpr, HAS_PULL: tl.constexpr,
-    HAS_OLD: tl.constexpr, INTERPRETED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_OLD: tl.constexpr, TABLE: tl.constexpr, INTERPRETED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -63,9 +63,17 @@ def _kernel(  # type: ignore[no-untyped-def]
         if HAS_OFFSET:
             r = r + b
         ratio = tl.math.div_rn(r, divisor)
-        q = _nearest_integer_interpreted(ratio) if INTERPRETED else _nearest_integer(ratio)
-        q = tl.minimum(tl.maximum(q, -z), top - z)
-        tl.store(codes + j * n_out + row, (q + z).to(tl.uint8), mask=is_row)
+        if TABLE > 0:
+            code = tl.zeros_like(row)
+            for k in range(TABLE - 1):
+                boundary = (tl.load(table + k) + tl.load(table + k + 1)) * 0.5
+                code += (ratio > boundary).to(tl.int32)
+            q = tl.load(table + code)
+            tl.store(codes + j * n_out + row, code.to(tl.uint8), mask=is_row)
+        else:
+            q = _nearest_integer_interpreted(ratio) if INTERPRETED else _nearest_integer(ratio)
+            q = tl.minimum(tl.maximum(q, -z), top - z)
+            tl.store(codes + j * n_out + row, (q + z).to(tl.uint8), mask=is_row)
         value = q * d
         if HAS_OFFSET:
             value = value - b
@@ -103,11 +111,12 @@ def round_panel(panel: Panel, lattice: Lattice, codes: torch.Tensor, errors: tor
         0 if panel.drift is None else panel.drift.stride(0),
         none if panel.pull is None else panel.pull,
         none if panel.old is None else panel.old,
+        none if lattice.table is None else lattice.table,
         n_out, float(lattice.levels - 1), n,
         int(lattice.step.numel() > 1), int(lattice.zero.numel() > 1),
         int(lattice.offset is not None and lattice.offset.numel() > 1),
         HAS_OFFSET=lattice.offset is not None, HAS_SCALE=lattice.column_scale is not None,
         HAS_DRIFT=panel.drift is not None, HAS_PULL=panel.pull is not None,
-        HAS_OLD=panel.old is not None,
+        HAS_OLD=panel.old is not None, TABLE=0 if lattice.table is None else lattice.levels,
         INTERPRETED=_IS_INTERPRETED, COLUMNS=columns, ROWS=rows, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Reads a GGUF with gguf-py alone: container by `GGUFReader`, values by `gguf.quants.dequantize`.
 
-Nothing of our grids or codecs is used, so what is read here is an independent opinion on what was written. Files may
-be hostile: before gguf-py sees one, its header is walked once with every count, length and offset bounded by the
-file's size.
+Nothing of our grids or codecs is used, so what is read here is an independent opinion on what was written. Types that
+gguf-py does not know yet are decoded in `ggml_types`, and the tensors of such a file are those that our own walk found.
+Files may be hostile: before gguf-py sees one, its header is walked once with every count, length and offset bounded by
+the file's size.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from d2qconv.errors import InputError, VerifyError
+from d2qconv_gguf.ggml_types import DECODERS, SIZES, GgmlType, NewerType, type_of
 
 _T = TypeVar("_T", int, float, str, bool)
 
@@ -41,7 +43,7 @@ class StoredTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: GgmlType
     n_bytes: int
     data: np.ndarray
 
@@ -72,6 +74,8 @@ class StoredTensor:
         return sha.hexdigest()
 
     def _decode(self, data: np.ndarray) -> np.ndarray:
+        if isinstance(self.type, NewerType):
+            return DECODERS[self.type](data)
         try:
             return np.asarray(dequantize(data, self.type), dtype=np.float32)
         except (*_BROKEN, NotImplementedError) as error:
@@ -126,8 +130,9 @@ def read(path: Path) -> GgufFile:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise InputError("not a GGUF file", where=str(path), todo="name a .gguf")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Walk(path, data).run()
-        reader = GGUFReader(path)
+            spans = _Walk(path, data).run()
+        is_newer = any(isinstance(span.type, NewerType) for span in spans)
+        reader = _KeyReader(path) if is_newer else GGUFReader(path)
         fields = {n: f for n, f in reader.fields.items() if not n.startswith("GGUF.")}
         keys = {name: field.contents() for name, field in fields.items()}
     except OSError as error:
@@ -137,14 +142,47 @@ def read(path: Path) -> GgufFile:
     except _BROKEN as error:
         raise VerifyError(f"is not a whole GGUF: {error or type(error).__name__}", where=str(path)) from error
     types = {name: tuple(int(t) for t in field.types) for name, field in fields.items()}
-    tensors = {
-        t.name: StoredTensor(
-            t.name, tuple(int(n) for n in reversed(t.shape.tolist())), t.tensor_type, int(t.n_bytes), t.data
-        )
-        for t in reader.tensors
-    }
-    end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    if is_newer:
+        tensors = {span.name: span.stored(reader.data) for span in spans}
+    else:
+        tensors = {
+            t.name: StoredTensor(
+                t.name,
+                tuple(int(n) for n in reversed(t.shape.tolist())),
+                t.tensor_type,
+                int(t.n_bytes),
+                t.data,
+            )
+            for t in reader.tensors
+        }
+    end = max((span.start + span.n_bytes for span in spans), default=0)
     return GgufFile(path, keys, types, tensors, path.stat().st_size - end)
+
+
+class _KeyReader(GGUFReader):  # type: ignore[misc]
+    """gguf-py's reader for the keys alone, since it stops at a tensor of a type that it does not know."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A tensor's info, checked. shape: rows first. start: of its bytes in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+    start: int
+    n_bytes: int
+
+    def stored(self, data: np.ndarray) -> StoredTensor:
+        """The tensor in the mapped file, as bytes u8[..., bytes of a row]."""
+        block, size = SIZES[self.type]
+        rows = (*self.shape[:-1], self.shape[-1] // block * size)
+        return StoredTensor(
+            self.name, self.shape, self.type, self.n_bytes, data[self.start :][: self.n_bytes].reshape(rows)
+        )
 
 
 def to_torch(tensor: StoredTensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -164,7 +202,7 @@ class _Walk:
         self.at = 0
         self.alignment = 32
 
-    def run(self) -> None:
+    def run(self) -> list[_Span]:
         """Walk keys and tensor infos behind the magic, and check that every tensor's bytes lie in the file."""
         self.at = len(_MAGIC)
         version, n_tensors, n_keys = self._take("<IQQ")
@@ -179,14 +217,21 @@ class _Walk:
                 (self.alignment,) = struct.unpack_from("<I", self.data, start)
         if self.alignment == 0 or self.alignment & (self.alignment - 1):
             raise self._bad(f"alignment {self.alignment} is not a power of two")
-        spans = [self._tensor() for _ in range(self._count(n_tensors, 24))]
+        found = [self._tensor() for _ in range(self._count(n_tensors, 24))]
         base = -(-self.at // self.alignment) * self.alignment
-        taken = sorted((base + offset, base + offset + size, name) for offset, size, name in spans)
-        for (start, end, name), follower in zip(taken, [*taken[1:], None], strict=True):
+        spans = [replace(span, start=base + span.start) for span in found]
+        if len({span.name for span in spans}) < len(spans):
+            raise self._bad("two tensors have the same name")
+        taken = sorted(spans, key=lambda span: (span.start, span.n_bytes))
+        for span, follower in zip(taken, [*taken[1:], None], strict=True):
+            start, end = span.start, span.start + span.n_bytes
             if start % self.alignment or end > len(self.data):
-                raise self._bad(f"{name}: bytes {start}…{end} are not in the file of {len(self.data)} bytes")
-            if follower is not None and end > follower[0]:
-                raise self._bad(f"{name} and {follower[2]} overlap")
+                raise self._bad(
+                    f"{span.name}: bytes {start}…{end} are not in the file of {len(self.data)} bytes"
+                )
+            if follower is not None and end > follower.start:
+                raise self._bad(f"{span.name} and {follower.name} overlap")
+        return spans
 
     def _bad(self, what: str) -> VerifyError:
         return VerifyError(f"is not a whole GGUF: {what}", where=str(self.path), todo="write the file again")
@@ -226,20 +271,22 @@ class _Walk:
         else:
             raise self._bad(f"metadata of unknown type {kind} at byte {self.at}")
 
-    def _tensor(self) -> tuple[int, int, str]:
-        """Offset, bytes and name of the next tensor."""
+    def _tensor(self) -> _Span:
+        """The next tensor's info; its start is still counted from the first tensor's."""
         name = self._string().decode("utf-8", "replace")
         (n_dims,) = self._take("<I")
         if not 1 <= n_dims <= _MAX_DIMS:
             raise self._bad(f"{name} has {n_dims} dimensions")
         shape: Sequence[int] = self._take(f"<{n_dims}Q")
         kind, offset = self._take("<IQ")
-        if kind not in {int(t) for t in GGML_QUANT_SIZES}:
+        if kind not in {int(t) for t in SIZES}:
             raise self._bad(f"{name} has ggml type {kind}, which gguf-py does not know")
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        stored_as = type_of(kind)
+        block, size = SIZES[stored_as]
         if shape[0] % block or 0 in shape:
-            raise self._bad(f"{name}: shape {tuple(shape)} does not fit {GGMLQuantizationType(kind).name}")
-        return offset, math.prod(shape) // block * size, name
+            raise self._bad(f"{name}: shape {tuple(shape)} does not fit {stored_as.name}")
+        n_bytes = math.prod(shape) // block * size
+        return _Span(name, tuple(reversed(shape)), stored_as, offset, n_bytes)
 
 
 def bits_per_weight(tensors: Sequence[StoredTensor]) -> float:

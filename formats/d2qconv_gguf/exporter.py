@@ -242,6 +242,7 @@ def _is_relabelled(model: ModelDesc, layout: Layout) -> bool:
 
 def _warnings(model: ModelDesc, layout: Layout, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     found = [f"{model.arch.id} is {RELABEL_NOTE}"] if _is_relabelled(model, layout) else []
+    found += [types.CAVEATS[name] for name in sorted({t.type_name for t in tensors} & set(types.CAVEATS))]
     if model.is_untied:
         found += [
             f"the rotation unties the head: {t.stored_as} takes {t.n_bytes:,} bytes ({t.type_name}) that the "

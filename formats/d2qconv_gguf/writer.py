@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 from torch import Tensor
 
 from d2qconv.errors import ExportError
@@ -25,6 +25,7 @@ from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import QuantizedModel, Stored
 from d2qconv.threads import each
 from d2qconv_gguf.codecs import CODECS
+from d2qconv_gguf.ggml_types import GgmlType
 from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.names import Layout, row_order
 from d2qconv_gguf.types import GGML_TYPES
@@ -65,7 +66,7 @@ class Entry:
     order: Tensor | None = None
 
     @property
-    def ggml_type(self) -> GGMLQuantizationType:
+    def ggml_type(self) -> GgmlType:
         """The storage type as ggml has it."""
         return GGML_TYPES[self.type_name]
 

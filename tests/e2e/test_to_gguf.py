@@ -14,6 +14,7 @@ import pytest
 import torch
 import xllamacpp
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import d2qconv
 from d2qconv.cli import main
@@ -95,6 +96,22 @@ def test_the_default_command_gives_a_verified_2_bit_file(capsys, tmp_path, model
     assert log_p == pytest.approx(float(likely[token]), abs=0.3)
     assert float(likely[token]) > float(likely.max()) - 0.3
     assert main(["verify", str(out), "--quiet"]) == 0
+
+
+def test_two_bits_for_a_width_without_super_blocks(capsys, tmp_path, random_model):
+    """320 columns fit Q2_0 alone, which gguf-py cannot read and only the newer of the two llama.cpps runs."""
+    model = random_model("llama", hidden=320, ffn=448, heads=5, kv_heads=1)
+    out = tmp_path / "m.gguf"
+    code, report = to_gguf(capsys, model, out, "--type", "q2_0")
+    assert code == 0
+    assert all(check["is_passed"] for check in report["checks"])
+    seen = read_model(out)
+    token, log_p = other_llama_cpp(out, "The little dog ran over the hill")
+    tokenizer = Tokenizer.from_file(str(LLAMA / "tokenizer.json"))
+    tokens = tokenizer.encode("The little dog ran over the hill", add_special_tokens=False).ids
+    likely = logits(seen, torch.tensor([tokens]))[0, -1].log_softmax(-1)
+    assert log_p == pytest.approx(float(likely[token]), abs=0.3)
+    assert float(likely[token]) > float(likely.max()) - 0.3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The laws for ggml's types. The independent decoder is gguf-py's."""
+"""The laws for ggml's types. The independent decoder is gguf-py's wherever it has one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from gguf.quants import dequantize
 
 from d2qconv.testing.laws import GridLaws
 from d2qconv_gguf.codecs import CODECS
+from d2qconv_gguf.ggml_types import decode_q2_0
 from d2qconv_gguf.grids import GRIDS
 
 #: Byte offsets of the f16 numbers in a block.
 HALVES = {
-    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "q4_0", "q8_0"), (0,)),
-    **{"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2)},
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), (0,)),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "iq4_xs": (0,),
+    "iq4_nl": (0,),
+    "q2_0": (0,),
+    "tq2_0": (64,),
+    "q4_0": (0,),
+    "q8_0": (0,),
 }
 
 
@@ -47,6 +58,35 @@ class TestQ3K(GgufLaws):
 
 class TestQ4K(GgufLaws):
     grid, codec, max_fit_error = GRIDS["q4_k"], CODECS["q4_k"], 0.0050
+
+
+class TestQ5K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q5_k"], CODECS["q5_k"], 0.00125
+
+
+class TestQ6K(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q6_k"], CODECS["q6_k"], 0.0004
+
+
+class TestIQ4XS(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["iq4_xs"], CODECS["iq4_xs"], 0.0057
+
+
+class TestIQ4NL(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["iq4_nl"], CODECS["iq4_nl"], 0.0056
+
+
+class TestQ20(GgufLaws):
+    """gguf-py has no decoder: the reader's own, which tests/unit/gguf/test_ggml.py holds against stock ggml."""
+
+    grid, codec, max_fit_error = GRIDS["q2_0"], CODECS["q2_0"], 0.125
+
+    def reference_decode(self, packed, shape):
+        return decode_q2_0(packed).reshape(shape)
+
+
+class TestTQ20(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["tq2_0"], CODECS["tq2_0"], 0.140
 
 
 class TestQ40(GgufLaws):

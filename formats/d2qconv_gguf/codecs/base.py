@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
 from d2qconv.errors import ExportError, VerifyError
 from d2qconv.grids.base import Grid, code_dtype
 from d2qconv.ir.coded import Coded
+from d2qconv_gguf.ggml_types import GgmlType
 
 Bytes = NDArray[np.uint8]
 #: u8, or i32 where there are more than 256 codes
@@ -31,7 +31,7 @@ class Codec:
     grid: whose codes and params it holds. ggml_type: as written into the tensor's header. block_bytes: per block.
     """
 
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     block_bytes: int
 
     def __init__(self, grid: Grid) -> None:

@@ -1,4 +1,4 @@
-"""Q4_0 and Q8_0: blocks of 32 columns. Layouts: block_q4_0 and block_q8_0 in ggml-common.h."""
+"""The types with one f16 d a block: Q2_0, TQ2_0, Q4_0, Q8_0. Layouts: block_q2_0, … in ggml-common.h."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from d2qconv_gguf.codecs.base import Bytes, Codec, f16_bytes, f16_values, join_planes, split_planes
+from d2qconv_gguf.ggml_types import NewerType
 
 
 class Q40Codec(Codec):
@@ -20,6 +21,32 @@ class Q40Codec(Codec):
 
     def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
         return split_planes(blocks[:, 2:], 4, 16), {"d": f16_values(blocks[:, :2])}
+
+
+class Q20Codec(Codec):
+    """f16 d, `qs[16]`: four columns a byte, the first in the lowest bits."""
+
+    ggml_type = NewerType.Q2_0
+    block_bytes = 18
+
+    def _pack(self, codes: Bytes, params: dict[str, NDArray[np.generic]]) -> Bytes:
+        return np.concatenate([f16_bytes(params["d"]), join_planes(codes, 2, 1)], axis=1)
+
+    def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
+        return split_planes(blocks[:, 2:], 2, 1), {"d": f16_values(blocks[:, :2])}
+
+
+class TQ20Codec(Codec):
+    """`qs[64]` (planes of 32 columns), f16 d."""
+
+    ggml_type = GGMLQuantizationType.TQ2_0
+    block_bytes = 66
+
+    def _pack(self, codes: Bytes, params: dict[str, NDArray[np.generic]]) -> Bytes:
+        return np.concatenate([join_planes(codes, 2, 32), f16_bytes(params["d"])], axis=1)
+
+    def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
+        return split_planes(blocks[:, :64], 2, 32), {"d": f16_values(blocks[:, 64:])}
 
 
 class Q80Codec(Codec):

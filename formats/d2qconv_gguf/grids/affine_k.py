@@ -1,7 +1,7 @@
-"""Q2_K and Q4_K: decode = d·sc·q - dmin·m, with f16 d and dmin per 256 columns, integers sc and m per group.
+"""Q2_K, Q4_K and Q5_K: decode = d·sc·q - dmin·m, with f16 d and dmin per 256 columns, integers sc and m per group.
 
 Parameters: `d`, `dmin` f16[n_out, n_blocks]; `sc`, `m` u8[n_out, n_blocks, groups]. Source of the values:
-dequantize_row_q2_K and dequantize_row_q4_K in ggml-quants.c.
+dequantize_row_q2_K, _q4_K and _q5_K in ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from d2qconv_gguf.grids.scalar import ScalarGrid
 #: Where the range is cut at either end, as fractions of it: few levels want it cut far, many hardly at all.
 _CUTS_4_LEVELS = (0.0, 0.07, 0.14, 0.21, 0.3)
 _CUTS_16_LEVELS = (-0.03, -0.01, 0.01, 0.03, 0.05, 0.07, 0.1)
+_CUTS_32_LEVELS = (-0.015, -0.005, 0.005, 0.015, 0.025, 0.035, 0.05)
 
 
 class AffineK(ScalarGrid):
-    """Base of both. `search` holds the sizes of the integers."""
+    """Base of them. `search` holds the sizes of the integers."""
 
     scales = ("d", "dmin")
     search: AffineShape
@@ -103,3 +104,11 @@ class Q4K(AffineK):
     id = "q4_k"
     block, group, levels, block_bytes = 256, 32, 16, 144
     search = AffineShape(15, 63, tuple(product(_CUTS_16_LEVELS, _CUTS_16_LEVELS)), n_iterations=2)
+
+
+class Q5K(AffineK):
+    """5-bit codes, 6-bit sc and m per 32 columns: 176 bytes per 256."""
+
+    id = "q5_k"
+    block, group, levels, block_bytes = 256, 32, 32, 176
+    search = AffineShape(31, 63, tuple(product(_CUTS_32_LEVELS, _CUTS_32_LEVELS)), n_iterations=2)

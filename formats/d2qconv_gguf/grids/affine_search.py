@@ -1,4 +1,4 @@
-"""Fitting Q2_K and Q4_K: decode = d·sc·q - dmin·m, with d, dmin in f16 per 256 columns and integers sc, m a group.
+"""Fitting Q2_K, Q4_K and Q5_K: decode = d·sc·q - dmin·m, d and dmin f16 per 256 columns, integers sc, m per group.
 
 How, for all rows of one block at once:
 1. every group on its own (`free_fit`): from many starting ranges, alternate codes and the weighted least-squares
@@ -136,7 +136,7 @@ def choose_inner(
     """Integers (sc, m) of every group under the true error, supers = (d, dmin), f32[n] each, being given.
 
     aim: f32[G, n] each: the step aimed at, and Σ a q under the codes in mind. sc runs over the integers within `reach`
-    of that step; m over the three integers around the best offset for the step and these codes.
+    of that step; m over the three integers around the best offset for the step and these codes; and both may be 0.
     Returns error, sc, m, each f32[G, n].
     """
     top = shape.top_scale
@@ -154,7 +154,9 @@ def choose_inner(
         found = best_of((p.residual(step, m * dmin, 0, shape.top_code), sc, m))
         best = found if best is None else keep_best(best, found)
     assert best is not None
-    return best[0], best[1], best[2]
+    nothing = (p.sum_ww, torch.zeros_like(p.sum_ww), torch.zeros_like(p.sum_ww))
+    error, sc, m = keep_best(best, nothing)
+    return error, sc, m
 
 
 def polish(

@@ -1,4 +1,4 @@
-"""Fits and refits of Q2_K and Q4_K as CUDA kernels, by Triton; `affine_search` and `affine_k` say what they do.
+"""Fits and refits of Q2_K, Q4_K and Q5_K as CUDA kernels, by Triton; `affine_search` and `affine_k` say what they do.
 
 One launch does a step for all rows, groups and pairs (d, dmin): twelve launches are a fit, two a refit. Every round
 of `polish` keeps its state, and the best of all rounds and pairs is taken at the end.
@@ -77,7 +77,7 @@ def _free_fit(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _choose_inner(  # type: ignore[no-untyped-def]
-    at, stride, shrink, a, is_row, d, dmin, aim_step, aim_q, sum_w,
+    at, stride, shrink, a, is_row, d, dmin, aim_step, aim_q, sum_w, sum_ww,
     REACH: tl.constexpr, TOP: tl.constexpr, TOP_SCALE: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """See `choose_inner`: error, sc, m."""
@@ -88,7 +88,9 @@ def _choose_inner(  # type: ignore[no-untyped-def]
     m = clip(m, 0.0, TOP_SCALE)
     error = residual(at, stride, shrink, a, is_row, step, m * dmin, 0.0, TOP, SIZE)
     found = best_of(error, k < 3 * (2 * REACH + 1))
-    return pick(error, found), pick(sc, found), pick(m, found)
+    error, sc, m = pick(error, found), pick(sc, found), pick(m, found)
+    is_nothing = sum_ww < error
+    return tl.where(is_nothing, sum_ww, error), tl.where(is_nothing, 0.0, sc), tl.where(is_nothing, 0.0, m)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
@@ -158,7 +160,7 @@ def _super_scales(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _choose(  # type: ignore[no-untyped-def]
-    w, row_stride, stride, a, scale, n, d, dmin, aim_step, aim_q, aim_stride, sum_w, sc_out, m_out, sums,
+    w, row_stride, stride, a, scale, n, d, dmin, aim_step, aim_q, aim_stride, sum_w, sum_ww, sc_out, m_out, sums,
     step_out, PAIRS: tl.constexpr, TOP: tl.constexpr, TOP_SCALE: tl.constexpr, SIZE: tl.constexpr,
     GROUPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -176,10 +178,11 @@ def _choose(  # type: ignore[no-untyped-def]
     aimed_step = tl.load(aim_step + aim, mask=is_row, other=0.0)
     aimed_q = tl.load(aim_q + aim, mask=is_row, other=0.0)
     sum_w_here = tl.load(sum_w + group * n + row, mask=is_row, other=0.0)
+    sum_ww_here = tl.load(sum_ww + group * n + row, mask=is_row, other=0.0)
     at += group.to(tl.int64) * SIZE * stride
     mine = a + group * SIZE
     error, sc, m = _choose_inner(
-        at, stride, shrink, mine, is_row, d_here, dmin_here, aimed_step, aimed_q, sum_w_here,
+        at, stride, shrink, mine, is_row, d_here, dmin_here, aimed_step, aimed_q, sum_w_here, sum_ww_here,
         1, TOP, TOP_SCALE, SIZE, K,
     )  # fmt: skip
     step = sc * d_here
@@ -280,11 +283,26 @@ def _refit(  # type: ignore[no-untyped-def]
     row, is_row, at, shrink, factor = rows_of(w, row_stride, scale, n, ROWS)
     d_here = divide(tl.load(d + row * d_stride, mask=is_row, other=0.0).to(tl.float32), factor)
     dmin_here = divide(tl.load(dmin + row * dmin_stride, mask=is_row, other=0.0).to(tl.float32), factor)
-    step, _, q, _, _, sum_w, _ = _free_fit(
+    step, _, q, _, _, sum_w, sum_ww = _free_fit(
         at, stride, shrink, a, is_row, starts, N_STARTS, N_ITERATIONS, TOP, SIZE, K_FREE
     )
     error, new_sc, new_m = _choose_inner(
-        at, stride, shrink, a, is_row, d_here, dmin_here, step, q, sum_w, REACH, TOP, TOP_SCALE, SIZE, K
+        at,
+        stride,
+        shrink,
+        a,
+        is_row,
+        d_here,
+        dmin_here,
+        step,
+        q,
+        sum_w,
+        sum_ww,
+        REACH,
+        TOP,
+        TOP_SCALE,
+        SIZE,
+        K,
     )
     old_sc = tl.load(sc + row * sc_stride + group, mask=is_row, other=0).to(tl.float32)
     old_m = tl.load(m + row * m_stride + group, mask=is_row, other=0).to(tl.float32)
@@ -327,12 +345,12 @@ def _fit_rows(
     sums, steps = empty(2, 4, pairs, groups, n), empty(2, pairs, groups, n)
     total = empty(rounds, pairs, n)
     choose_tile = tile(9)
-    sum_w, aim, aim_stride = free[5], (free[0], free[2]), 0
+    sum_w, sum_ww, aim, aim_stride = free[5], free[6], (free[0], free[2]), 0
     for i in range(rounds):
         # Two buffers in turn: a round reads what the one before it wrote.
         here = i % 2
         _choose[(triton.cdiv(n, choose_tile["ROWS"]), groups, pairs)](
-            *p.arguments, d[i], dmin[i], *aim, aim_stride, sum_w, sc[i], m[i], sums[here], steps[here],
+            *p.arguments, d[i], dmin[i], *aim, aim_stride, sum_w, sum_ww, sc[i], m[i], sums[here], steps[here],
             PAIRS=pairs, TOP_SCALE=top_scale, **sizes, **choose_tile, **OPTIONS,
         )  # fmt: skip
         _solve[(triton.cdiv(n, _ROWS), pairs)](

@@ -44,11 +44,12 @@ class GgmlGrid:
             return None
         why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"
         if n_in % 32 == 0:
-            return Refusal(where, why, "use q4_0 or q8_0, whose blocks have 32 columns")
+            wider = "q2_0, whose blocks have 64 columns, or " if n_in % 64 == 0 else ""
+            return Refusal(where, why, f"use {wider}iq4_nl, q4_0 or q8_0, whose blocks have 32 columns")
         return Refusal(where, why, "no quantized type here fits; store this tensor as f16")
 
     def lattice(self, params: Params, group: int) -> Lattice | None:  # noqa: ARG002
-        """None: the levels are not evenly spaced."""
+        """None: codes of several columns have no lattice."""
         return None
 
     def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:

@@ -21,6 +21,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from d2qconv_gguf.grids.levels import nearest_level
+
 #: Largest finite f16, and the smallest one above zero.
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24
@@ -83,13 +85,20 @@ class Problem:
         """Convert x (f32[..., n], in scaled units) to f16 in the units of the weights, saturating."""
         return (x * self.scale).clamp(-F16_MAX, F16_MAX).to(torch.float16)
 
-    def residual(self, step: Tensor, offset: Tensor | None, lowest: int, highest: int) -> Tensor:
+    def residual(
+        self,
+        step: Tensor,
+        offset: Tensor | None,
+        lowest: int,
+        highest: int,
+        table: tuple[float, ...] = (),
+    ) -> Tensor:
         """Σ_j a_j (w_j - nearest decoded value)² per group and row: f32[K, G, n].
 
-        step, offset: f32[K, G, n].
+        step, offset: f32[K, G, n]. lowest, highest, table: see `encoded`.
         """
         r = self.w if offset is None else self.w + offset[:, :, None]
-        q = encoded(r, step, lowest, highest)
+        q = encoded(r, step, lowest, highest, table)
         return torch.addcmul(r, q, step[:, :, None], value=-1).square_().mul_(self.a).sum(2)
 
     def chunks(self, candidates: Tensor) -> Iterator[Tensor]:
@@ -100,14 +109,16 @@ class Problem:
             yield candidates[start : start + size]
 
 
-def encoded(r: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
-    """Nearest integers lowest..highest to r / step; 0 (or the nearest allowed) where step is 0.
+def encoded(r: Tensor, step: Tensor, lowest: int, highest: int, table: tuple[float, ...] = ()) -> Tensor:
+    """Nearest integers lowest..highest, or levels of `table`, to r / step; the one nearest to 0 where step is 0.
 
     r: f32[G, g, n] or f32[K, G, g, n]; step: f32[K, G, n]. Returns f32[K, G, g, n].
     """
     inverse = torch.where(step == 0, 0.0, 1.0 / step)[:, :, None]
     # A step far below the weights would overflow to inf, and inf · 0 is not a number.
     inverse = inverse.clamp(-1e30, 1e30)
+    if table:
+        return nearest_level(r * inverse, table)
     return (r * inverse).round_().clamp_(lowest, highest)
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from d2qconv_gguf.grids.levels import REACH
 from d2qconv_gguf.grids.problem import F16_MAX, F16_TINY, LARGEST_SCALE, SMALLEST_SCALE
 
 #: Candidates times rows of one program.
@@ -33,6 +34,7 @@ _LARGEST_F16 = tl.constexpr(F16_MAX)
 _SMALLEST_F16 = tl.constexpr(F16_TINY)
 _LOW_SCALE = tl.constexpr(SMALLEST_SCALE)
 _HIGH_SCALE = tl.constexpr(LARGEST_SCALE)
+_REACH = tl.constexpr(REACH)
 
 
 @triton.jit
@@ -118,10 +120,20 @@ def moments(at, stride, shrink, a, is_row, SIZE: tl.constexpr):  # type: ignore[
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def nearest(x, LOW: tl.constexpr, HIGH: tl.constexpr, table, HAS_TABLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The integer of LOW..HIGH, or the level in `table` (see `levels.lookup`), nearest to x."""
+    if HAS_TABLE:
+        halves = clip(tl.ceil(x * 2), -_REACH, _REACH).to(tl.int32) + _REACH
+        return tl.load(table + halves)
+    return clip(rint(x), LOW, HIGH)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def code_sums(  # type: ignore[no-untyped-def]
-    at, stride, shrink, a, is_row, step, offset, LOW: tl.constexpr, HIGH: tl.constexpr, SIZE: tl.constexpr
-):
-    """Σ a q, Σ a q², Σ a q w under the codes LOW..HIGH of (step, offset); each of step's shape."""
+    at, stride, shrink, a, is_row, step, offset, LOW: tl.constexpr, HIGH: tl.constexpr, SIZE: tl.constexpr,
+    table=None, HAS_TABLE: tl.constexpr = False,
+):  # fmt: skip
+    """Σ a q, Σ a q², Σ a q w under the levels `nearest` to (step, offset); each of step's shape."""
     near = clip(inverse(step), -1e30, 1e30)
     q = tl.zeros_like(step)
     qq = tl.zeros_like(step)
@@ -129,7 +141,7 @@ def code_sums(  # type: ignore[no-untyped-def]
     for j in range(SIZE):
         w = tl.load(at + j * stride, mask=is_row, other=0.0) * shrink
         weight = tl.load(a + j)
-        code = clip(rint((w + offset) * near), LOW, HIGH)
+        code = nearest((w + offset) * near, LOW, HIGH, table, HAS_TABLE)
         weighted = code * weight
         q += weighted
         qq += weighted * code
@@ -139,15 +151,16 @@ def code_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def residual(  # type: ignore[no-untyped-def]
-    at, stride, shrink, a, is_row, step, offset, LOW: tl.constexpr, HIGH: tl.constexpr, SIZE: tl.constexpr
-):
+    at, stride, shrink, a, is_row, step, offset, LOW: tl.constexpr, HIGH: tl.constexpr, SIZE: tl.constexpr,
+    table=None, HAS_TABLE: tl.constexpr = False,
+):  # fmt: skip
     """See `Problem.residual`; of step's shape."""
     near = clip(inverse(step), -1e30, 1e30)
     error = tl.zeros_like(step)
     for j in range(SIZE):
         w = tl.load(at + j * stride, mask=is_row, other=0.0) * shrink
         r = w + offset
-        code = clip(rint(r * near), LOW, HIGH)
+        code = nearest(r * near, LOW, HIGH, table, HAS_TABLE)
         difference = r - code * step
         error += (difference * difference) * tl.load(a + j)
     return error

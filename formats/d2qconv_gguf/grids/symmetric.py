@@ -1,7 +1,8 @@
-"""Q3_K, Q4_0 and Q8_0: decode = step · (code - zero), the step of either sign.
+"""The types without an offset: decode = step · level, the step of either sign.
 
-Parameters: `d` f16[n_out, n_blocks], which may be negative; Q3_K also `sc` u8[n_out, n_blocks, 16], 0..63, as stored,
-which stands for sc - 32. Source of the values: dequantize_row_q3_K, _q4_0 and _q8_0 in ggml-quants.c.
+Levels are code - zero, or the 16 unequal ones of the IQ4 types. Parameters: `d` f16[n_out, n_blocks], which may be
+negative; types with inner scales also `sc` u8[n_out, n_blocks, groups], an integer stored as its distance from the
+lowest one (sc - 32, or sc - 128 for Q6_K). Source of the values: dequantize_row_* in ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import torch
 from torch import Tensor
 
 from d2qconv.grids.base import Params
+from d2qconv_gguf.grids.levels import IQ4_LEVELS
 from d2qconv_gguf.grids.problem import Problem, has_kernels, row_chunks
 from d2qconv_gguf.grids.scalar import ScalarGrid
-from d2qconv_gguf.grids.symmetric_search import SymmetricShape, fit_block, fit_single, try_all_inner
+from d2qconv_gguf.grids.symmetric_search import (
+    SymmetricShape,
+    fit_block,
+    fit_single,
+    residual,
+    try_all_inner,
+)
 
 
-class Q3K(ScalarGrid):
-    """3-bit codes, signed 6-bit sc per 16 columns: 110 bytes per 256. decode = d·(sc - 32)·(code - 4)."""
+class SignedK(ScalarGrid):
+    """Base of the types with signed inner scales: step = d · (sc + lowest inner integer)."""
 
-    id = "q3_k"
-    block, group, levels, zero, block_bytes = 256, 16, 8, 4, 110
-    search = SymmetricShape(4, tuple(2.2 + 0.28 * k for k in range(10)))
+    search: SymmetricShape
 
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
-        """Give step = d·(sc - 32), exact in f32."""
-        sc = params["sc"][:, blocks, groups].to(torch.float32) - 32
+        """Give step = d · (sc + lowest inner integer), exact in f32."""
+        sc = params["sc"][:, blocks, groups].to(torch.float32) + self.search.inner[0]
         return params["d"][:, blocks, None].to(torch.float32) * sc, None
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:
@@ -38,33 +44,64 @@ class Q3K(ScalarGrid):
             p = Problem.make(w[rows], importance, self.group)
             found = fit_block(p, self.search)
             ds.append(p.f16(found.d)[:, None])
-            scs.append((found.sc.t()[:, None] + 32).to(torch.uint8))
+            scs.append((found.sc.t()[:, None] - self.search.inner[0]).to(torch.uint8))
         return {"d": torch.cat(ds), "sc": torch.cat(scs)}
 
     def refit(self, params: Params, group: int, w: Tensor, importance: Tensor) -> Params:
         """Choose sc of one group again under the given d; see `Grid.refit`.
 
-        All 64 integers are tried, and compared with the present one by the true weighted error: it never grows.
+        All integers are tried, and compared with the present one by the true weighted error: it never grows.
         """
         if has_kernels(w):
             from d2qconv_gguf.grids import symmetric_triton
 
-            return symmetric_triton.refit(params, group, w, importance, self.zero)
-        chosen = []
+            return symmetric_triton.refit(params, group, w, importance, self.search)
+        chosen, lowest = [], self.search.inner[0]
         for rows in row_chunks(w):
             p = Problem.make(w[rows], importance, self.group)
             d = params["d"][rows, 0].to(torch.float32) / p.scale
-            error, sc = try_all_inner(p, d, self.zero)
-            old = params["sc"][rows, :, group].t().to(torch.float32) - 32
-            old_error = p.residual((old * d)[None], None, -self.zero, self.zero - 1)[0]
-            chosen.append(torch.where(error < old_error, sc, old)[0] + 32)
+            error, sc = try_all_inner(p, d, self.search)
+            old = params["sc"][rows, :, group].t().to(torch.float32) + lowest
+            old_error = residual(p, (old * d)[None], self.search)[0]
+            chosen.append(torch.where(error < old_error, sc, old)[0] - lowest)
         new = params["sc"].clone()
         new[:, 0, group] = torch.cat(chosen).to(torch.uint8)
         return {**params, "sc": new}
 
 
+class Q3K(SignedK):
+    """3-bit codes, signed 6-bit sc per 16 columns: 110 bytes per 256. decode = d·(sc - 32)·(code - 4)."""
+
+    id = "q3_k"
+    block, group, levels, zero, block_bytes = 256, 16, 8, 4, 110
+    search = SymmetricShape(-4, 3, tuple(2.2 + 0.28 * k for k in range(10)))
+
+
+class Q6K(SignedK):
+    """6-bit codes, 8-bit sc per 16 columns: 210 bytes per 256. decode = d·(sc - 128)·(code - 32).
+
+    The file holds sc - 128 as i8. d·(sc - 128) has 18 significant bits and the product 23: exact in f32.
+    """
+
+    id = "q6_k"
+    block, group, levels, zero, block_bytes = 256, 16, 64, 32, 210
+    search = SymmetricShape(-32, 31, tuple(28.4 + 0.4 * k for k in range(12)), inner=(-128, 127))
+
+
+class IQ4XS(SignedK):
+    """16 unequal levels, signed 6-bit sc per 32 columns: 136 bytes per 256. decode = d·(sc - 32)·level[code].
+
+    d·(sc - 32) has 16 significant bits and the product 23: exact in f32.
+    """
+
+    id = "iq4_xs"
+    block, group, levels, block_bytes = 256, 32, 16, 136
+    table = IQ4_LEVELS
+    search = SymmetricShape(-127, 113, tuple(88.0 + 3.2 * k for k in range(14)), table=IQ4_LEVELS)
+
+
 class SingleStep(ScalarGrid):
-    """Base of Q4_0 and Q8_0: one f16 step per 32 columns."""
+    """Base of the types with one f16 step per block."""
 
     search: SymmetricShape
 
@@ -90,7 +127,35 @@ class Q40(SingleStep):
 
     id = "q4_0"
     block, group, levels, zero, block_bytes = 32, 32, 16, 8, 18
-    search = SymmetricShape(8, tuple(5.0 + 0.2 * k for k in range(20)))
+    search = SymmetricShape(-8, 7, tuple(5.0 + 0.2 * k for k in range(20)))
+
+
+class IQ4NL(SingleStep):
+    """16 unequal levels: 18 bytes per 32. decode = d·level[code]."""
+
+    id = "iq4_nl"
+    block, group, levels, block_bytes = 32, 32, 16, 18
+    table = IQ4_LEVELS
+    search = SymmetricShape(-127, 113, tuple(64.0 * 1.028**k for k in range(32)), table=IQ4_LEVELS)
+
+
+class Q20(SingleStep):
+    """2-bit codes: 18 bytes per 64. decode = d·(code - 1), so -d, 0, d and 2d, d of either sign.
+
+    ggml's own quantizer sets d to the largest weight and never uses code 3; every reader knows it.
+    """
+
+    id = "q2_0"
+    block, group, levels, zero, block_bytes = 64, 64, 4, 1, 18
+    search = SymmetricShape(-1, 2, tuple(1.25 * 1.1**k for k in range(16)), n_iterations=4)
+
+
+class TQ20(SingleStep):
+    """2-bit codes: 66 bytes per 256. decode = d·(code - 1), as Q2_0. ggml means it for ternary weights."""
+
+    id = "tq2_0"
+    block, group, levels, zero, block_bytes = 256, 256, 4, 1, 66
+    search = SymmetricShape(-1, 2, tuple(1.25 * 1.12**k for k in range(16)), n_iterations=4)
 
 
 class Q80(SingleStep):
@@ -101,4 +166,4 @@ class Q80(SingleStep):
 
     id = "q8_0"
     block, group, levels, zero, block_bytes = 32, 32, 256, 128, 34
-    search = SymmetricShape(128, tuple(120.0 + 0.57 * k for k in range(16)))
+    search = SymmetricShape(-128, 127, tuple(120.0 + 0.57 * k for k in range(16)))

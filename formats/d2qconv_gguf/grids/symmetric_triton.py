@@ -1,7 +1,7 @@
-"""Fits and refits of Q3_K, Q4_0 and Q8_0 as CUDA kernels, by Triton; `symmetric_search` says what they do.
+"""Fits and refits of the types without an offset as CUDA kernels, by Triton; `symmetric_search` says what they do.
 
-One launch does a step for all rows, groups and candidates for d: ten launches are a fit of Q3_K, two one of the others,
-two a refit.
+One launch does a step for all rows, groups and candidates for d: ten launches are a fit where there are inner integers,
+two a fit of the others, two a refit. table: of `levels.lookup`, read only with HAS_TABLE.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2qconv.grids.base import Params
 from d2qconv.grids.constants import constant
+from d2qconv_gguf.grids.levels import lookup
 from d2qconv_gguf.grids.problem_triton import (
     MOST_ROWS,
     OPTIONS,
@@ -33,34 +34,32 @@ from d2qconv_gguf.grids.problem_triton import (
     tile,
     whole_copy,
 )
-from d2qconv_gguf.grids.symmetric_search import EXTREME_SCALES, HIGHEST_SCALE, LOWEST_SCALE, SymmetricShape
+from d2qconv_gguf.grids.symmetric_search import SymmetricShape
 
 #: Rows of a program that holds one number of each.
 _ROWS = 128
-_LOWEST = tl.constexpr(float(LOWEST_SCALE))
-_HIGHEST = tl.constexpr(float(HIGHEST_SCALE))
-_N_SCALES = HIGHEST_SCALE - LOWEST_SCALE + 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _iterated(  # type: ignore[no-untyped-def]
-    at, stride, shrink, a, is_row, step, sum_ww,
-    ZERO: tl.constexpr, N_ITERATIONS: tl.constexpr, SIZE: tl.constexpr,
+    at, stride, shrink, a, is_row, step, sum_ww, table,
+    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr,
+    N_ITERATIONS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Codes and least-squares steps in turn: error, step, qq, qw, of the shape of step."""
     qq = tl.zeros_like(step)
     qw = tl.zeros_like(step)
     for _ in range(N_ITERATIONS):
-        _, qq, qw = code_sums(at, stride, shrink, a, is_row, step, 0.0, -ZERO, ZERO - 1, SIZE)
+        _, qq, qw = code_sums(at, stride, shrink, a, is_row, step, 0.0, LOW, HIGH, SIZE, table, HAS_TABLE)
         step = tl.where(qq > 0, divide(qw, tl.maximum(qq, 1e-30)), step)
     return sum_ww + step * (step * qq - 2 * qw), step, qq, qw
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _free(  # type: ignore[no-untyped-def]
-    w, row_stride, stride, a, scale, n, starts, out, sum_out, N_STARTS: tl.constexpr,
-    N_ITERATIONS: tl.constexpr, ZERO: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr,
+    w, row_stride, stride, a, scale, n, starts, table, out, sum_out,
+    N_STARTS: tl.constexpr, N_ITERATIONS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`signed_fit` of one group and sign. out: f32[2, 4, G, n]: error, step, qq, qw. sum_out: f32[G, n]: sum_ww."""
     row, is_row, at, shrink, _ = rows_of(w, row_stride, scale, n, ROWS)
@@ -73,7 +72,9 @@ def _free(  # type: ignore[no-untyped-def]
     start = tl.load(starts + k, mask=k < N_STARTS, other=1.0)
     sign = tl.where(tl.program_id(2) == 0, 1.0, -1.0)
     step = largest * divide(tl.zeros_like(start) + sign, start)
-    error, step, qq, qw = _iterated(at, stride, shrink, mine, is_row, step, sum_ww, ZERO, N_ITERATIONS, SIZE)
+    error, step, qq, qw = _iterated(
+        at, stride, shrink, mine, is_row, step, sum_ww, table, LOW, HIGH, HAS_TABLE, N_ITERATIONS, SIZE
+    )
     found = best_of(error, k < N_STARTS)
     plane = GROUPS * n
     to = out + tl.program_id(2) * 4 * plane + group * n + row
@@ -87,7 +88,7 @@ def _free(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _super_scales(  # type: ignore[no-untyped-def]
     free, sum_ww, scale, share, numbers, d_out, n, N: tl.constexpr, KEEP: tl.constexpr,
-    GROUPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    INNER: tl.constexpr, N_INNER: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """See `super_scales`. free, sum_ww: of `_free`. d_out: f32[KEEP, n]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
@@ -114,7 +115,7 @@ def _super_scales(  # type: ignore[no-untyped-def]
             step = tl.load(at + plane, mask=is_row, other=0.0)
             qq = tl.load(at + 2 * plane, mask=is_row, other=0.0)
             qw = tl.load(at + 3 * plane, mask=is_row, other=0.0)
-            rounded = clip(rint(step * inverse_d), _LOWEST, _HIGHEST) * d
+            rounded = clip(rint(step * inverse_d), INNER, INNER + N_INNER - 1) * d
             least = tl.minimum(least, fixed + rounded * (rounded * qq - 2 * qw))
         total += least * tl.load(share + g)
     is_left = (k < N) & (total == total)
@@ -126,7 +127,8 @@ def _super_scales(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _choose(  # type: ignore[no-untyped-def]
-    w, row_stride, stride, a, scale, n, d, free, sc_out, sums, PAIRS: tl.constexpr, ZERO: tl.constexpr,
+    w, row_stride, stride, a, scale, n, table, d, free, sc_out, sums, PAIRS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr, INNER: tl.constexpr, N_INNER: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`choose_inner` of one group and candidate for d, and the sums under its codes.
@@ -145,11 +147,13 @@ def _choose(  # type: ignore[no-untyped-def]
     plus = rint(tl.load(aim, mask=is_row, other=0.0) * inverse_d)
     minus = rint(tl.load(aim + 4 * plane, mask=is_row, other=0.0) * inverse_d)
     k = tl.arange(0, K)[:, None]
-    sc = clip(tl.where(k < 3, plus, minus) + (k % 3 - 1).to(tl.float32), _LOWEST, _HIGHEST)
-    error = residual(at, stride, shrink, mine, is_row, sc * d_here, 0.0, -ZERO, ZERO - 1, SIZE)
+    sc = clip(tl.where(k < 3, plus, minus) + (k % 3 - 1).to(tl.float32), INNER, INNER + N_INNER - 1)
+    error = residual(at, stride, shrink, mine, is_row, sc * d_here, 0.0, LOW, HIGH, SIZE, table, HAS_TABLE)
     found = best_of(error, k < 6)
     sc = pick(sc, found)
-    _, qq, qw = code_sums(at, stride, shrink, mine, is_row, sc * d_here, 0.0, -ZERO, ZERO - 1, SIZE)
+    _, qq, qw = code_sums(
+        at, stride, shrink, mine, is_row, sc * d_here, 0.0, LOW, HIGH, SIZE, table, HAS_TABLE
+    )
     to = (pair * GROUPS + group) * n + row
     tl.store(sc_out + to, sc.to(tl.int8), mask=is_row)
     tl.store(sums + to, qq, mask=is_row)
@@ -205,26 +209,31 @@ def _select(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _every_inner(  # type: ignore[no-untyped-def]
-    at, stride, shrink, a, is_row, d, ZERO: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr
-):
+    at, stride, shrink, a, is_row, d, table, LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr,
+    INNER: tl.constexpr, N_INNER: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """See `try_all_inner`: error, sc."""
-    sc = tl.arange(0, K)[:, None].to(tl.float32) + _LOWEST + tl.zeros_like(d)
-    error = residual(at, stride, shrink, a, is_row, sc * d, 0.0, -ZERO, ZERO - 1, SIZE)
-    found = best_of(error, sc <= _HIGHEST)
+    sc = tl.arange(0, K)[:, None].to(tl.float32) + INNER + tl.zeros_like(d)
+    error = residual(at, stride, shrink, a, is_row, sc * d, 0.0, LOW, HIGH, SIZE, table, HAS_TABLE)
+    found = best_of(error, sc < INNER + N_INNER)
     return pick(error, found), pick(sc, found)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _try_all(  # type: ignore[no-untyped-def]
-    w, row_stride, stride, a, scale, n, d, error_out, sc_out, ZERO: tl.constexpr, SIZE: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr,
+    w, row_stride, stride, a, scale, n, table, d, error_out, sc_out,
+    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr, INNER: tl.constexpr, N_INNER: tl.constexpr,
+    SIZE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`try_all_inner` of one group. d: f32[n]. error_out: f32[G, n]. sc_out: i8[G, n]."""
     row, is_row, at, shrink, _ = rows_of(w, row_stride, scale, n, ROWS)
     group = tl.program_id(1)
     at += group.to(tl.int64) * SIZE * stride
     d_here = tl.load(d + row, mask=is_row, other=0.0)
-    error, sc = _every_inner(at, stride, shrink, a + group * SIZE, is_row, d_here, ZERO, SIZE, K)
+    error, sc = _every_inner(
+        at, stride, shrink, a + group * SIZE, is_row, d_here, table, LOW, HIGH, HAS_TABLE,
+        INNER, N_INNER, SIZE, K,
+    )  # fmt: skip
     tl.store(error_out + group * n + row, error, mask=is_row)
     tl.store(sc_out + group * n + row, sc.to(tl.int8), mask=is_row)
 
@@ -232,7 +241,7 @@ def _try_all(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _finish(  # type: ignore[no-untyped-def]
     total, sc, state, d, last_error, last_sc, share, scale, d_out, sc_out, n,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    INNER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The better of the best state and all inner integers, as stored: f16[n], u8[n, G]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -247,29 +256,33 @@ def _finish(  # type: ignore[no-untyped-def]
     for g in range(GROUPS):
         old = tl.load(sc + (here * GROUPS + g) * n + row, mask=is_row, other=0).to(tl.float32)
         new = tl.load(last_sc + g * n + row, mask=is_row, other=0).to(tl.float32)
-        stored = tl.where(is_better, new, old) - _LOWEST
+        stored = tl.where(is_better, new, old) - INNER
         tl.store(sc_out + row * GROUPS + g, stored.to(tl.uint8), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["group"], do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _refit(  # type: ignore[no-untyped-def]
-    w, row_stride, stride, a, scale, n, d, d_stride, sc, sc_stride, sc_out, out_stride, group,
-    ZERO: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    w, row_stride, stride, a, scale, n, table, d, d_stride, sc, sc_stride, sc_out, out_stride, group,
+    LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr, INNER: tl.constexpr, N_INNER: tl.constexpr,
+    SIZE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """See `Q3K.refit`."""
+    """See `SignedK.refit`."""
     row, is_row, at, shrink, factor = rows_of(w, row_stride, scale, n, ROWS)
     d_here = divide(tl.load(d + row * d_stride, mask=is_row, other=0.0).to(tl.float32), factor)
-    error, new = _every_inner(at, stride, shrink, a, is_row, d_here, ZERO, SIZE, K)
-    old = tl.load(sc + row * sc_stride + group, mask=is_row, other=0).to(tl.float32) + _LOWEST
-    before = residual(at, stride, shrink, a, is_row, old * d_here, 0.0, -ZERO, ZERO - 1, SIZE)
-    stored = tl.where(error < before, new, old) - _LOWEST
+    error, new = _every_inner(
+        at, stride, shrink, a, is_row, d_here, table, LOW, HIGH, HAS_TABLE, INNER, N_INNER, SIZE, K
+    )
+    old = tl.load(sc + row * sc_stride + group, mask=is_row, other=0).to(tl.float32) + INNER
+    before = residual(at, stride, shrink, a, is_row, old * d_here, 0.0, LOW, HIGH, SIZE, table, HAS_TABLE)
+    stored = tl.where(error < before, new, old) - INNER
     tl.store(sc_out + row * out_stride + group, stored.to(tl.uint8), mask=is_row)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _single(  # type: ignore[no-untyped-def]
-    w, row_stride, stride, a, scale, n, starts, d_out, N_STARTS: tl.constexpr, N_ITERATIONS: tl.constexpr,
-    ZERO: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    w, row_stride, stride, a, scale, n, starts, table, d_out, N_STARTS: tl.constexpr,
+    N_ITERATIONS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, HAS_TABLE: tl.constexpr,
+    SIZE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """See `fit_single`: f16[n]."""
     row, is_row, at, shrink, factor = rows_of(w, row_stride, scale, n, ROWS)
@@ -277,15 +290,37 @@ def _single(  # type: ignore[no-untyped-def]
     k = tl.arange(0, K)[:, None]
     start = tl.load(starts + k % N_STARTS)
     step = divide(tl.maximum(-low, high), tl.where(k < N_STARTS, start, -start))
-    _, step, _, _ = _iterated(at, stride, shrink, a, is_row, step, sum_ww, ZERO, N_ITERATIONS, SIZE)
+    _, step, _, _ = _iterated(
+        at, stride, shrink, a, is_row, step, sum_ww, table, LOW, HIGH, HAS_TABLE, N_ITERATIONS, SIZE
+    )
     step = storable(step, factor)
-    error = residual(at, stride, shrink, a, is_row, step, 0.0, -ZERO, ZERO - 1, SIZE)
-    step = pick(step, best_of(error, k < 2 * N_STARTS))
+    error = residual(at, stride, shrink, a, is_row, step, 0.0, LOW, HIGH, SIZE, table, HAS_TABLE)
+    found = best_of(error, k < 2 * N_STARTS)
+    step = pick(step, found)
+    if HAS_TABLE:
+        step = tl.where(pick(error, found) <= sum_ww, step, 0.0)
     tl.store(d_out + row, half(step, factor), mask=is_row)
 
 
+def _levels(w: Tensor, shape: SymmetricShape) -> tuple[Tensor, dict[str, float | bool]]:
+    """The table (any other where there is none), and the constants that say what the levels are."""
+    table = lookup(shape.table, w.device) if shape.table else constant(shape.starts, w.dtype, w.device)
+    return table, {
+        "LOW": float(shape.lowest),
+        "HIGH": float(shape.highest),
+        "HAS_TABLE": bool(shape.table),
+    }
+
+
+def _inner(shape: SymmetricShape) -> dict[str, float]:
+    return {"INNER": float(shape.inner[0]), "N_INNER": float(shape.n_inner)}
+
+
 def fit(w: Tensor, importance: Tensor, shape: SymmetricShape, group: int) -> dict[str, Tensor]:
-    """Parameters of one Q3_K block: d f16[n, 1], sc u8[n, 1, G]. w: f32[n, columns]; importance: f32[columns]."""
+    """Parameters of one block with inner integers: d f16[n, 1], sc u8[n, 1, G].
+
+    w: f32[n, columns]; importance: f32[columns].
+    """
     parts = [_fit_rows(rows, importance, shape, group) for rows in torch.split(w, MOST_ROWS)]
     return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -296,35 +331,39 @@ def _fit_rows(
     """`fit` of at most MOST_ROWS rows, with so many candidates for d and rounds of `fit_block`."""
     p = Prepared(w, importance, group)
     n, groups, empty = p.n, p.groups, p.empty
-    zero = float(shape.zero)
+    table, levels = _levels(w, shape)
+    inner = _inner(shape)
     free, sum_ww = empty(2, 4, groups, n), empty(groups, n)
     wide = tile(len(shape.starts))
     _free[(triton.cdiv(n, wide["ROWS"]), groups, 2)](
-        *p.arguments, constant(shape.starts, w.dtype, w.device), free, sum_ww, N_STARTS=len(shape.starts),
-        N_ITERATIONS=shape.n_iterations, ZERO=zero, SIZE=group, GROUPS=groups, **wide, **OPTIONS,
+        *p.arguments, constant(shape.starts, w.dtype, w.device), table, free, sum_ww,
+        N_STARTS=len(shape.starts), N_ITERATIONS=shape.n_iterations, SIZE=group, GROUPS=groups,
+        **levels, **wide, **OPTIONS,
     )  # fmt: skip
     d = empty(rounds + 1, keep, n)
-    wide = tile(len(EXTREME_SCALES))
+    wide = tile(len(shape.extremes))
     _super_scales[(triton.cdiv(n, wide["ROWS"]),)](
-        free, sum_ww, p.scale, p.share, constant(EXTREME_SCALES, w.dtype, w.device), d, n,
-        N=len(EXTREME_SCALES), KEEP=keep, GROUPS=groups, **wide, **OPTIONS,
+        free, sum_ww, p.scale, p.share, constant(shape.extremes, w.dtype, w.device), d, n,
+        N=len(shape.extremes), KEEP=keep, GROUPS=groups, **inner, **wide, **OPTIONS,
     )  # fmt: skip
     sc, sums = empty(rounds, keep, groups, n, dtype=torch.int8), empty(3, keep, groups, n)
     total = empty(rounds, keep, n)
     wide = tile(6)
     for i in range(rounds):
         _choose[(triton.cdiv(n, wide["ROWS"]), groups, keep)](
-            *p.arguments, d[i], free, sc[i], sums, PAIRS=keep, ZERO=zero, SIZE=group, GROUPS=groups,
-            **wide, **OPTIONS,
+            *p.arguments, table, d[i], free, sc[i], sums, PAIRS=keep, SIZE=group, GROUPS=groups,
+            **levels, **inner, **wide, **OPTIONS,
         )  # fmt: skip
         _solve[(triton.cdiv(n, _ROWS), keep)](
             sc[i], sums, p.share, p.scale, d[i], total[i], d[i + 1], n,
             PAIRS=keep, GROUPS=groups, ROWS=_ROWS, **OPTIONS,
         )  # fmt: skip
-    return _with_all_inner(p, zero, d, sc, total)
+    return _with_all_inner(p, shape, d, sc, total)
 
 
-def _with_all_inner(p: Prepared, zero: float, d: Tensor, sc: Tensor, total: Tensor) -> dict[str, Tensor]:
+def _with_all_inner(
+    p: Prepared, shape: SymmetricShape, d: Tensor, sc: Tensor, total: Tensor
+) -> dict[str, Tensor]:
     """The end of `fit_block`: the best state (sc: i8[rounds, P, G, n]), all inner integers tried, as stored."""
     rounds, keep, groups, n = sc.shape
     state, best_d = p.empty(n, dtype=torch.int32), p.empty(n)
@@ -332,38 +371,44 @@ def _with_all_inner(p: Prepared, zero: float, d: Tensor, sc: Tensor, total: Tens
         total, d, state, best_d, n, ROUNDS=rounds, PAIRS=keep, ROWS=_ROWS, **OPTIONS
     )
     error, last = p.empty(groups, n), p.empty(groups, n, dtype=torch.int8)
-    wide = tile(_N_SCALES)
+    wide, inner = tile(shape.n_inner), _inner(shape)
+    table, levels = _levels(p.w, shape)
     _try_all[(triton.cdiv(n, wide["ROWS"]), groups)](
-        *p.arguments, best_d, error, last, ZERO=zero, SIZE=p.size, **wide, **OPTIONS
+        *p.arguments, table, best_d, error, last, SIZE=p.size, **levels, **inner, **wide, **OPTIONS
     )
     stored = {"d": p.empty(n, 1, dtype=torch.float16), "sc": p.empty(n, 1, groups, dtype=torch.uint8)}
     _finish[(triton.cdiv(n, _ROWS),)](
         total, sc, state, best_d, error, last, p.share, p.scale, stored["d"], stored["sc"], n,
-        GROUPS=groups, ROWS=_ROWS, **OPTIONS,
+        INNER=inner["INNER"], GROUPS=groups, ROWS=_ROWS, **OPTIONS,
     )  # fmt: skip
     return stored
 
 
-def refit(params: Params, group: int, w: Tensor, importance: Tensor, zero: int) -> dict[str, Tensor]:
-    """See `Q3K.refit`; w: f32[n, columns of the group]."""
+def refit(
+    params: Params, group: int, w: Tensor, importance: Tensor, shape: SymmetricShape
+) -> dict[str, Tensor]:
+    """See `SignedK.refit`; w: f32[n, columns of the group]."""
     p = Prepared(w, importance, w.shape[1])
     d, sc = params["d"], params["sc"]
     new = whole_copy(sc)
-    wide = tile(_N_SCALES)
+    wide = tile(shape.n_inner)
+    table, levels = _levels(w, shape)
     _refit[(triton.cdiv(p.n, wide["ROWS"]),)](
-        *p.arguments, d, d.stride(0), sc, sc.stride(0), new, new.stride(0), group,
-        ZERO=float(zero), SIZE=p.size, **wide, **OPTIONS,
+        *p.arguments, table, d, d.stride(0), sc, sc.stride(0), new, new.stride(0), group,
+        SIZE=p.size, **levels, **_inner(shape), **wide, **OPTIONS,
     )  # fmt: skip
     return {**params, "sc": new}
 
 
 def fit_single(w: Tensor, importance: Tensor, shape: SymmetricShape) -> dict[str, Tensor]:
-    """Parameters of one block of Q4_0 or Q8_0: d f16[n, 1]. w: f32[n, columns]; importance: f32[columns]."""
+    """Parameters of one block with one step: d f16[n, 1]. w: f32[n, columns]; importance: f32[columns]."""
     p = Prepared(w, importance, w.shape[1])
     stored = {"d": p.empty(p.n, 1, dtype=torch.float16)}
     wide = tile(2 * len(shape.starts))
+    table, levels = _levels(w, shape)
     _single[(triton.cdiv(p.n, wide["ROWS"]),)](
-        *p.arguments, constant(shape.starts, w.dtype, w.device), stored["d"], N_STARTS=len(shape.starts),
-        N_ITERATIONS=shape.n_iterations, ZERO=float(shape.zero), SIZE=p.size, **wide, **OPTIONS,
+        *p.arguments, constant(shape.starts, w.dtype, w.device), table, stored["d"],
+        N_STARTS=len(shape.starts), N_ITERATIONS=shape.n_iterations, SIZE=p.size,
+        **levels, **wide, **OPTIONS,
     )  # fmt: skip
     return stored

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES
 
 from d2qconv.errors import ExportError, VerifyError
 from d2qconv_gguf.codecs import CODECS
+from d2qconv_gguf.ggml_types import SIZES
 from d2qconv_gguf.grids import GRIDS
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "blocks.json").read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def test_golden_block(name):
 def test_sizes_are_those_of_gguf(name):
     codec = CODECS[name]
     assert codec.grid is GRIDS[name]
-    assert GGML_QUANT_SIZES[codec.ggml_type] == (codec.grid.block, codec.block_bytes)
+    assert SIZES[codec.ggml_type] == (codec.grid.block, codec.block_bytes)
     assert codec.grid.bits_per_weight == 8 * codec.block_bytes / codec.grid.block
     assert codec.row_bytes(512) == 512 // codec.grid.block * codec.block_bytes
 
@@ -85,6 +85,57 @@ def test_q4_k_by_hand():
     assert values("q4_k", block) == [
         -2.0 * sc[c // 32] * codes[c // 32] - 0.5 * m[c // 32] for c in range(256)
     ]
+
+
+def test_q5_k_by_hand():
+    # As above, and bit 4 of the codes is set in the odd runs of 32 (0b10101010).
+    sc, m = [5 + 8 * j for j in range(8)], [63 - 8 * j for j in range(8)]
+    scales = [sc[j] | (sc[j + 4] >> 4) << 6 for j in range(4)]
+    scales += [m[j] | (m[j + 4] >> 4) << 6 for j in range(4)]
+    scales += [sc[j + 4] & 15 | (m[j + 4] & 15) << 4 for j in range(4)]
+    block = MINUS_TWO + HALF + bytes(scales) + b"\xaa" * 32 + b"\x49" * 128
+    codes = [9, 20] * 4
+    assert values("q5_k", block) == [
+        -2.0 * sc[c // 32] * codes[c // 32] - 0.5 * m[c // 32] for c in range(256)
+    ]
+
+
+def test_q6_k_by_hand():
+    # Low nibbles 9 in columns 0..63 of a half, 4 in 64..127; the high bits are 0,1,2,3 by 32s (0b11100100).
+    # sc = -128, -111, ..., 127.
+    sc = [17 * k - 128 for k in range(16)]
+    block = b"\x49" * 128 + b"\xe4" * 64 + bytes(s & 255 for s in sc) + HALF
+    codes = [9, 9 + 16, 4 + 32, 4 + 48] * 2
+    assert values("q6_k", block) == [0.5 * sc[c // 16] * (codes[c // 32] - 32) for c in range(256)]
+
+
+#: kvalues_iq4nl of ggml-common.h.
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def test_iq4_nl_by_hand():
+    block = HALF + bytes(i | (15 - i) << 4 for i in range(16))
+    assert values("iq4_nl", block) == [0.5 * v for v in (*IQ4, *reversed(IQ4))]
+
+
+def test_iq4_xs_by_hand():
+    # sc = 3, 11, 19, ..., 59: low nibbles 3, 11 in turn, high bits 0, 0, 1, 1, 2, 2, 3, 3.
+    sc = [3 + 8 * j for j in range(8)]
+    block = MINUS_TWO + b"\x50\xfa" + b"\xb3" * 4 + bytes(i | (15 - i) << 4 for i in range(16)) * 8
+    run = (*IQ4, *reversed(IQ4))
+    assert values("iq4_xs", block) == [-2.0 * (sc[c // 32] - 32) * run[c % 32] for c in range(256)]
+
+
+def test_q2_0_by_hand():
+    # 0b11100100: codes 0, 1, 2, 3 from the lowest bits on; 0b00011011: 3, 2, 1, 0.
+    block = HALF + b"\xe4" * 8 + b"\x1b" * 8
+    assert values("q2_0", block) == [-0.5, 0.0, 0.5, 1.0] * 8 + [1.0, 0.5, 0.0, -0.5] * 8
+
+
+def test_tq2_0_by_hand():
+    block = b"\xe4" * 32 + b"\x1b" * 32 + MINUS_TWO
+    levels = [2.0, 0.0, -2.0, -4.0]
+    assert values("tq2_0", block) == [v for v in (*levels, *reversed(levels)) for _ in range(32)]
 
 
 def test_half_precision_of_either_kind_survives():

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import gguf
 import pytest
-from gguf_models import DIMS, FAST, LLAMA_5M, make_desc, quantized, small_source, write
+import torch
+from gguf_models import DIMS, FAST, LLAMA_5M, as_stored, make_desc, quantized, small_source, write
 
 from d2qconv.arch.registry import BUILT_IN
 from d2qconv.checkpoint.open import open_checkpoint
@@ -14,6 +15,7 @@ from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import INFO, GgufOptions
 from d2qconv_gguf.container import read
 from d2qconv_gguf.exporter import GgufExporter
+from d2qconv_gguf.reader import read_model
 
 
 def plan(arch, carrier=None, *, desc=None, **options):
@@ -85,6 +87,34 @@ def test_a_width_that_does_not_fit_is_refused_and_what_fits_is_named():
     ]
     assert all("q4_0" in r.todo and "q3_k" not in r.todo for r in refusals)
     assert plan("llama", desc=make_desc("llama", dims=dims), type="q4_0").refusals == ()
+
+
+def test_the_2_bit_type_of_odd_widths(tmp_path):
+    """320 columns are 5 blocks of 64. gguf-py cannot read the file; ours says what gguf-py would."""
+    dims = replace(DIMS, hidden=320, ffn=448, n_heads=5, n_kv_heads=1)
+    desc = make_desc("llama", dims=dims)
+    options = GgufOptions(type="q2_0", embedding="q8_0")
+    package, made, model = write(tmp_path / "x.gguf", desc, options)
+    (warning,) = made.warnings
+    assert "b9916" in warning
+    assert "x86" in warning
+    file = read(package.path)
+    assert file.need("general.file_type", int) == 41
+    assert file.n_spare < 32
+    assert {t.stored_as: t.n_bytes for t in made.tensors} == {n: t.n_bytes for n, t in file.tensors.items()}
+    assert file.tensors["blk.1.ffn_down.weight"].type.name == "Q2_0"
+    assert file.tensors["blk.1.ffn_down.weight"].n_bytes == 320 * 448 * 9 // 32
+    seen, wanted = read_model(package.path), as_stored(model)
+    for tensor, dense in wanted.tensors.items():
+        assert torch.equal(seen.tensors[tensor].load(), dense.load().float()), tensor
+    facts = GgufExporter(GgufOptions()).inspect(package.path)
+    assert facts["bits_per_weight_in_blocks"] == pytest.approx(2.25, abs=0.01)
+
+
+def test_a_type_with_few_kernels_is_warned_about():
+    (warning,) = plan("llama", type="tq2_0").warnings
+    assert "CUDA" in warning
+    assert plan("llama", type="iq4_xs").warnings == ()
 
 
 def test_a_bias_that_no_layout_takes_is_refused():

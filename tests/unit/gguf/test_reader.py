@@ -17,10 +17,12 @@ from d2qconv.checkpoint.dense import Dense
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import InputError, VerifyError
 from d2qconv.export.base import Carrier, silent
+from d2qconv.ir.coded import Coded
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf.container import StoredTensor, read
 from d2qconv_gguf.exporter import GgufExporter
+from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.metadata import KV, rope_freqs
 from d2qconv_gguf.reader import llama3_rope, read_model
 from d2qconv_gguf.writer import Entry, write_file
@@ -155,6 +157,30 @@ def test_hostile_sizes_are_refused_at_once(tmp_path, small, old, new):
     assert small.count(old) == 1
     with pytest.raises(VerifyError, match="not a whole GGUF"):
         read(spoiled(tmp_path, small.replace(old, new)))
+
+
+def test_spoiled_files_with_a_type_newer_than_gguf_py_are_refused(tmp_path):
+    """There our own walk is all that stands between the bytes and the tensors."""
+    coded = GRIDS["q2_0"].fit(torch.randn(3, 64), torch.ones(64))
+    codes = GRIDS["q2_0"].encode(torch.randn(3, 64), coded, 0)
+    stored = Coded(GRIDS["q2_0"], (3, 64), codes, coded)
+    made = [
+        Entry("a.weight", (3, 64), "q2_0", 54, stored),
+        Entry("b.weight", (64,), "f32", 256, Dense.of(torch.arange(64.0))),
+    ]
+    write_file(tmp_path / "x.gguf", "llama", [KV.text("general.name", "x")], made, silent)
+    file = read(tmp_path / "x.gguf")
+    assert np.array_equal(file.tensors["a.weight"].values(), stored.decode().numpy())
+    assert np.array_equal(file.tensors["b.weight"].values(), np.arange(64, dtype=np.float32))
+    assert file.keys["general.name"] == "x"
+    data = (tmp_path / "x.gguf").read_bytes()
+    for n in range(4, len(data)):
+        with pytest.raises(VerifyError):
+            read(spoiled(tmp_path, data[:n]))
+    with pytest.raises(VerifyError, match="same name"):
+        read(spoiled(tmp_path, data.replace(b"b.weight", b"a.weight")))
+    with pytest.raises(VerifyError, match="does not fit Q2_0"):
+        read(spoiled(tmp_path, data.replace(struct.pack("<QQI", 64, 3, 42), struct.pack("<QQI", 96, 2, 42))))
 
 
 def test_no_gguf_at_all(tmp_path):

@@ -31,7 +31,9 @@ def entry(name, stored, kind, order=None):
     return Entry(name, shape, kind, n_bytes(storage(kind), shape), stored, order)
 
 
-@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q4_0", "q8_0"])
+@pytest.mark.parametrize(
+    "kind", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "tq2_0", "q4_0", "q8_0"]
+)
 def test_decoded_by_gguf_py_bit_for_bit_with_rows_permuted(tmp_path, kind):
     coded = nearest(torch.randn(24, 512, generator=torch.Generator().manual_seed(3)), GRIDS[kind])
     order = torch.randperm(24, generator=torch.Generator().manual_seed(4))

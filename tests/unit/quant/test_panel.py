@@ -101,6 +101,8 @@ CASES = (
     ("q4_0", 32, True, False, False, True),
     ("q8_0", 24, False, False, False, False),
     ("q2_k", 16, False, False, False, True),
+    ("iq4_xs", 32, False, True, False, False),
+    ("iq4_nl", 32, True, False, False, True),
 )
 
 

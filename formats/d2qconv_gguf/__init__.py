@@ -15,8 +15,8 @@ from d2qconv.export.base import ExporterInfo
 class GgufOptions:
     """How the weights are stored.
 
-    type: of the matrices inside the blocks: q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs, iq4_nl, q2_0, tq2_0, q4_0, q8_0, or
-    unquantized f16, bf16, f32.
+    type: of the matrices inside the blocks, by rising size: tq2_0, iq2_xxs, q2_0, iq2_xs, iq2_s, q2_k, iq3_xxs, iq3_s,
+    q3_k, iq4_xs, iq4_nl, q4_k, q4_0, q5_k, q6_k, q8_0, or unquantized f16, bf16, f32.
     embedding: of the token embedding, and with it of a tied head; the same choices.
     head: of the output matrix where it is a matrix of its own; the same choices.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
@@ -39,7 +39,8 @@ INFO = ExporterInfo(
     example="d2qconv to-gguf Qwen/Qwen3-8B -o qwen3-8b-q2_k.gguf",
     architectures=("llama", "mistral", "qwen2", "qwen3"),
     facts={
-        "types": "q2_k q3_k q4_k q5_k q6_k iq4_xs iq4_nl q2_0 tq2_0 q4_0 q8_0, embeddings also f16 bf16 f32",
+        "types": "tq2_0 iq2_xxs q2_0 iq2_xs iq2_s q2_k iq3_xxs iq3_s q3_k iq4_xs iq4_nl q4_k q4_0 q5_k q6_k q8_0, "
+        "embeddings also f16 bf16 f32",
         "loads in": "llama.cpp and all that is built on it",
         "mean shift": "exact FFN biases (llama, mistral; qwen2 as llama), rank-1 fold (qwen3)",
     },

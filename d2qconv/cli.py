@@ -97,6 +97,9 @@ def exporter_options(info: ExporterInfo) -> type:
             hint = Annotated[hint, Parameter(name=f"--{info.name}-{field.name.replace('_', '-')}")]
         if field.name in texts:
             hint = Annotated[hint, Parameter(help=texts[field.name])]
+        if field.default == ():
+            # Given again and again instead; an option for none of it says nothing that leaving it out does not.
+            hint = Annotated[hint, Parameter(negative_iterable="", show_default=False)]
         made.append((field.name, hint, _again(field)))
     return dataclasses.make_dataclass(
         info.options.__name__, made, bases=(info.options,), frozen=True, namespace={"__module__": __name__}

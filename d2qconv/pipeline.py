@@ -24,7 +24,7 @@ from d2qconv.calibrate.tokens import (
     check_spec,
 )
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
+from d2qconv.errors import InputError, RunError, VerifyError, refuse
 from d2qconv.export.base import (
     Carrier,
     Check,
@@ -38,12 +38,10 @@ from d2qconv.export.base import (
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rotation import Rotation, rotated
-from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases
 from d2qconv.gather import Source, calibration_tokens, read_weights
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import Provenance, QuantizedModel
 from d2qconv.ir.store import Store
-from d2qconv.names import Role
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
 from d2qconv.team import Team
@@ -51,6 +49,7 @@ from d2qconv.walk.activations import Placement
 from d2qconv.walk.last_pass import LastPass, choose_last_pass, own_sequences
 from d2qconv.walk.memory import Footprint, predict
 from d2qconv.walk.model import Walk, WalkResult
+from d2qconv.walk.refusals import fold_refusals
 from d2qconv.walk.rounding import Rounder, TensorError
 from d2qconv.walk.sharing import SharedStore
 
@@ -166,7 +165,7 @@ def plan(job: Job) -> Planned:
         [
             *target.refusals,
             *source.refusals,
-            *_fold_refusals(desc, job.recipe, target),
+            *fold_refusals(desc, job.recipe, target),
             *footprint.refusals,
         ]
     )
@@ -269,30 +268,6 @@ def choose_device(wanted: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError("only cpu and cuda are supported", where=f"--device {wanted}", todo=todo)
     return device
-
-
-def _fold_refusals(desc: ModelDesc, recipe: Recipe, target: TargetPlan) -> Iterator[Refusal]:
-    """What the model cannot fold although the recipe asks for it."""
-    arch = desc.arch
-    if recipe.dac_final and desc.is_tied:
-        why = "the head is the embedding, and a change of it would change what the first block reads"
-        yield Refusal("dac-final", why, "leave it out, or use --rotation, which unties the head")
-    if recipe.dsq:
-        yield from ScaleIntoRows().check(arch, Role.DOWN)
-    if recipe.value_scales:
-        yield from ScaleIntoRows().check(arch, Role.O)
-    if recipe.norm_scales:
-        yield from ScaleIntoGain().check(arch, Role.ATTN_NORM)
-        yield from ScaleIntoGain().check(arch, Role.FFN_NORM)
-    if target.carrier is Carrier.BIAS:
-        yield from ShiftIntoBiases().check(arch, Role.FFN_NORM)
-    if target.carrier is Carrier.BIASES:
-        if recipe.rounding == "nearest":
-            why = "biases take the means out of a sweep, and rounding to nearest has none"
-            yield Refusal("carrier biases", why, "use --rounding gptq or another carrier")
-        if recipe.attention_weights:
-            why = "means weighed by attention are not those that a bias must carry"
-            yield Refusal("carrier biases", why, "leave out --attention-weights or use another carrier")
 
 
 def _source(planned: Planned) -> Source:

@@ -15,15 +15,23 @@ from d2qconv.export.base import ExporterInfo
 class GgufOptions:
     """How the weights are stored.
 
-    type: of the matrices inside the blocks: q2_k, q3_k, q4_k, q4_0, q8_0, or unquantized f16, bf16, f32.
-    embedding: of the token embedding, and with it of a tied head; the same choices.
-    head: of the output matrix where it is a matrix of its own; the same choices.
+    type: of the matrices inside the blocks: q2_k, q3_k, q4_k, q4_0, q8_0, or unquantized f16, bf16, f32. By default
+        q2_k.
+    mix: instead of type, the types that llama-quantize gives every matrix under a name such as Q2_K, IQ2_M or Q4_K_M,
+        embedding and head included.
+    embedding: of the token embedding, and with it of a tied head; the same choices as for type. By default q8_0, or
+        the mix's.
+    head: of the output matrix where it is a matrix of its own; the same choices. By default q8_0, or the mix's.
+    tensor_type: ROLE=TYPE or ROLE@BLOCKS=TYPE, such as v=q4_k or down@0-3,7=q4_k: the type of some matrices, whatever
+        the other options say. Roles are q, k, v, o, gate, up, down, embed and head. May be given again; later ones win.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
     """
 
-    type: str = "q2_k"
-    embedding: str = "q8_0"
-    head: str = "q8_0"
+    type: str | None = None
+    mix: str | None = None
+    embedding: str | None = None
+    head: str | None = None
+    tensor_type: tuple[str, ...] = ()
     base_gguf: Path | None = None
 
 
@@ -38,7 +46,7 @@ INFO = ExporterInfo(
     example="d2qconv to-gguf Qwen/Qwen3-8B -o qwen3-8b-q2_k.gguf",
     architectures=("llama", "mistral", "qwen2", "qwen3"),
     facts={
-        "types": "q2_k q3_k q4_k q4_0 q8_0, embeddings also f16 bf16 f32",
+        "types": "q2_k q3_k q4_k q4_0 q8_0, embeddings also f16 bf16 f32; the mixes of llama-quantize",
         "loads in": "llama.cpp and all that is built on it",
         "mean shift": "exact FFN biases (llama, mistral; qwen2 as llama), rank-1 fold (qwen3)",
     },

@@ -22,7 +22,6 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, base_gguf, types, writer
@@ -49,6 +48,7 @@ from d2qconv_gguf.names import (
 )
 from d2qconv_gguf.runtime import LlamaCpp
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
+from d2qconv_gguf.type_map import TypeMap
 from d2qconv_gguf.verify import require_same_function, verify_file
 
 if TYPE_CHECKING:
@@ -72,26 +72,26 @@ class GgufExporter:
 
         With `base_gguf` the checkpoint's weights are read and compared with those of that file.
         """
-        refusals = [*self._option_refusals()]
+        refusals: list[Refusal] = []
         ways = WAYS.get(model.arch.id)
         if ways is None:
             why = f"no GGUF layout for architecture {model.arch.id}; there are ones for {', '.join(WAYS)}"
-            return TargetPlan(
-                "", (), Carrier.NONE, "", (), refusals=(*refusals, Refusal("architecture", why))
-            )
+            return TargetPlan("", (), Carrier.NONE, "", (), refusals=(Refusal("architecture", why),))
         chosen = carrier or next(iter(ways))
         if chosen not in ways:
             why = f"not for {model.arch.id}: {NO_CARRIER[model.arch.id]}"
             refusals.append(Refusal(f"carrier {chosen}", why, f"use {' or '.join(ways)}"))
             chosen = next(iter(ways))
         layout = ways[chosen]
+        type_map = TypeMap(self.options, model, layout.name)
+        refusals += type_map.refusals()
         shapes = _shapes(model, chosen, layout)
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
         unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
         for tensor in _file_order(shapes):
-            planned = self._tensor(tensor, shapes[tensor])
+            planned = _tensor(tensor, shapes[tensor], type_map)
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
@@ -123,7 +123,8 @@ class GgufExporter:
             raise ExportError("this plan was refused", where=str(path))
         layout = LAYOUTS[plan.layout]
         made = [*writer.entries(model, plan, layout), *_rope_entry(model.desc)]
-        keys = self._keys(model.desc, checkpoint, layout)
+        file_type = TypeMap(self.options, model.desc, layout.name).file_type(plan.tensors)
+        keys = self._keys(model.desc, checkpoint, layout, file_type)
         digests = writer.digest_all(made, progress)
         keys += provenance_metadata(model.provenance, digests)
         values = {kv.key: kv.value for kv in keys} | {"general.architecture": layout.name}
@@ -145,8 +146,7 @@ class GgufExporter:
         """Facts of a GGUF; see `Exporter`. Reads no weights. Raises VerifyError if it is none."""
         return _facts(read(path))
 
-    def _keys(self, desc: ModelDesc, checkpoint: Checkpoint, layout: Layout) -> list[KV]:
-        file_type = types.FILE_TYPES[self.options.type]
+    def _keys(self, desc: ModelDesc, checkpoint: Checkpoint, layout: Layout, file_type: int) -> list[KV]:
         ours = model_metadata(
             desc,
             layout=layout.name,
@@ -158,36 +158,23 @@ class GgufExporter:
             return base_gguf.keys(self.options.base_gguf, layout, ours)
         return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
 
-    def _option_refusals(self) -> list[Refusal]:
-        asked = {
-            "type": self.options.type,
-            "embedding": self.options.embedding,
-            "head": self.options.head,
-        }
-        return [
-            Refusal(
-                f"option {name}", f"{value!r} is not a storage type", f"use one of {', '.join(types.names())}"
-            )
-            for name, value in asked.items()
-            if types.storage(value) is None
-        ]
 
-    def _tensor(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal | None:
-        """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
-        stored = self._storage(tensor)
-        if stored is None:
-            return None
-        refusal = types.shape_refusal(str(tensor), stored, shape)
-        if refusal is not None:
-            return refusal
-        return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
+def _tensor(tensor: TensorId, shape: tuple[int, ...], type_map: TypeMap) -> TensorPlan | Refusal | None:
+    """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
+    stored = _storage(tensor, type_map)
+    if stored is None:
+        return None
+    refusal = types.shape_refusal(str(tensor), stored, shape)
+    if refusal is not None:
+        return refusal
+    return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
 
-    def _storage(self, tensor: TensorId) -> Grid | FloatType | None:
-        """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""
-        if tensor.part is Part.BIAS or tensor.role in _NORMS:
-            return FloatType.F32
-        asked = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
-        return types.storage(asked.get(tensor.role, self.options.type))
+
+def _storage(tensor: TensorId, type_map: TypeMap) -> types.Storage | None:
+    """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""
+    if tensor.part is Part.BIAS or tensor.role in _NORMS:
+        return FloatType.F32
+    return types.storage(type_map.type_of(tensor))
 
 
 def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:

@@ -25,7 +25,7 @@ GGML_TYPES: Mapping[str, GGMLQuantizationType] = {
 }
 
 #: `general.file_type`: the name that llama.cpp prints; it changes nothing else (llama-model-loader.cpp:739-799).
-#: The K-quants are the `_S` kinds, since every matrix of the blocks has the one type.
+#: The K-quants are the `_S` kinds, of which every matrix of the blocks has the one type. Mixes have their own.
 FILE_TYPES: Mapping[str, LlamaFileType] = {
     "q2_k": LlamaFileType.MOSTLY_Q2_K_S,
     "q3_k": LlamaFileType.MOSTLY_Q3_K_S,

@@ -271,6 +271,14 @@ class _Sizes:
         return 2 * n_seq * self.desc.dims.vocab * F32
 
 
+def choose_place(n_bytes: int, footprint: Footprint, device: torch.device) -> Place:
+    """Where activations go that live beside what a run needs at its peak: the fastest place that has room."""
+    budget = footprint.budget
+    if device.type == "cuda" and n_bytes <= (budget.gpu_bytes or 0) - footprint.gpu_peak:
+        return Place.DEVICE
+    return Place.HOST if n_bytes <= budget.host_bytes - footprint.host_peak else Place.DISK
+
+
 def footprint_facts(footprint: Footprint) -> Mapping[str, object]:
     """A footprint as JSON."""
     return {

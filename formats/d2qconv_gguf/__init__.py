@@ -24,6 +24,11 @@ class GgufOptions:
     head: of the output matrix where it is a matrix of its own; the same choices. By default q8_0, or the mix's.
     tensor_type: ROLE=TYPE or ROLE@BLOCKS=TYPE, such as v=q4_k or down@0-3,7=q4_k: the type of some matrices, whatever
         the other options say. Roles are q, k, v, o, gate, up, down, embed and head. May be given again; later ones win.
+    size: instead of type, the size that the file may have, such as 3.2GiB or 900MB: every matrix gets the type with
+        which, by measurement, the whole comes closest to the source. Embedding and head are among them.
+    bpw: the same by bits per weight, of all tensors, without metadata.
+    candidates: types that size and bpw choose from, such as q2_k,q3_k,q6_k. By default every quantized type that fits
+        a matrix, but those without a fast kernel on x86 CPUs.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
     """
 
@@ -32,6 +37,9 @@ class GgufOptions:
     embedding: str | None = None
     head: str | None = None
     tensor_type: tuple[str, ...] = ()
+    size: str | None = None
+    bpw: float | None = None
+    candidates: str | None = None
     base_gguf: Path | None = None
 
 

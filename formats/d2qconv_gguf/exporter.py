@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
 from d2qconv.export.base import (
+    Candidates,
     Carrier,
     Check,
     FloatType,
+    Option,
     Package,
     Progress,
     SourceFindings,
@@ -24,7 +27,7 @@ from d2qconv.export.base import (
 )
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf, types, writer
+from d2qconv_gguf import GgufOptions, base_gguf, candidates, types, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
 from d2qconv_gguf.metadata import (
     KV,
@@ -68,11 +71,37 @@ class GgufExporter:
         self.options = options
 
     def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
-        """Decide storage, layout and carrier; see `Exporter`.
+        """Decide storage, layout and carrier; see `Exporter`. With a size to keep: the smallest there is.
 
         With `base_gguf` the checkpoint's weights are read and compared with those of that file.
         """
-        refusals: list[Refusal] = []
+        return self._plan(model, carrier, None)
+
+    def plan_chosen(
+        self, model: ModelDesc, carrier: Carrier | None, chosen: Mapping[TensorId, types.Storage]
+    ) -> TargetPlan:
+        """The same with the storages that a measurement chose; see `Allocating`."""
+        return self._plan(model, carrier, chosen)
+
+    def candidates(
+        self, model: ModelDesc, checkpoint: Checkpoint, carrier: Carrier | None
+    ) -> Candidates | None:
+        """What `size` and `bpw` choose from; see `Allocating`."""
+        if not candidates.is_asked(self.options):
+            return None
+        smallest = self.plan(model, carrier)
+        layout = LAYOUTS[smallest.layout]
+        choices = _choices(TypeMap(self.options, model, layout.name))
+        header = candidates.header_bytes(self._keys(model, checkpoint, layout, 0), smallest.tensors)
+        return candidates.candidates(
+            self.options, smallest.tensors, choices, model.n_weights, smallest.n_extra_bytes, header
+        )
+
+    def _plan(
+        self, model: ModelDesc, carrier: Carrier | None, wanted: Mapping[TensorId, types.Storage] | None
+    ) -> TargetPlan:
+        """wanted: storages that were chosen, None if nothing was."""
+        refusals = [*candidates.refusals(self.options)]
         ways = WAYS.get(model.arch.id)
         if ways is None:
             why = f"no GGUF layout for architecture {model.arch.id}; there are ones for {', '.join(WAYS)}"
@@ -85,6 +114,10 @@ class GgufExporter:
         layout = ways[chosen]
         type_map = TypeMap(self.options, model, layout.name)
         refusals += type_map.refusals()
+        if wanted is None and candidates.is_asked(self.options):
+            wanted = {tensor: options[0].storage for tensor, options in _choices(type_map).items() if options}
+        if wanted is not None:
+            type_map = replace(type_map, chosen=wanted)
         shapes = _shapes(model, chosen, layout)
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
@@ -157,6 +190,12 @@ class GgufExporter:
         if self.options.base_gguf is not None:
             return base_gguf.keys(self.options.base_gguf, layout, ours)
         return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
+
+
+def _choices(type_map: TypeMap) -> dict[TensorId, tuple[Option, ...]]:
+    """Every way to store every matrix, fewest bytes first."""
+    matrices = {t: dense.shape for t, dense in type_map.model.tensors.items() if len(dense.shape) == 2}
+    return {tensor: candidates.options_of(type_map, tensor, shape) for tensor, shape in matrices.items()}
 
 
 def _tensor(tensor: TensorId, shape: tuple[int, ...], type_map: TypeMap) -> TensorPlan | Refusal | None:

@@ -1,21 +1,21 @@
 """From the options to the storage type of every matrix.
 
 Who decides, the first that says something: `--tensor-type`, of which later ones win; `--embedding` and `--head`; a
-mix of llama-quantize; `--type`. What cannot be meant is refused with a reason: a rule that matches no tensor, a block
-that the model does not have, a mix with a type that is not there.
+measured choice (`candidates`); a mix of llama-quantize; `--type`. What cannot be meant is refused with a reason: a
+rule that matches no tensor, a block that the model does not have, a mix with a type that is not there.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import Refusal
-from d2qconv.export.base import TensorPlan
+from d2qconv.export.base import TensorPlan, type_name
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, types
 from d2qconv_gguf.mixes import MIXES, Mix, Model
@@ -73,14 +73,17 @@ def parse_override(text: str) -> Override | Refusal:
 
 @dataclass(frozen=True)
 class TypeMap:
-    """The types of one model. layout: its llama.cpp architecture."""
+    """The types of one model. layout: its llama.cpp architecture. chosen: types that a measurement has decided on."""
 
     options: GgufOptions
     model: ModelDesc
     layout: str
+    chosen: Mapping[TensorId, types.Storage] = field(default_factory=dict)
 
     def type_of(self, tensor: TensorId) -> str:
         """Name of a matrix's type, as it was asked for: it need not exist."""
+        if tensor in self.chosen:
+            return type_name(self.chosen[tensor])
         return self.asked(tensor) or self._default(tensor)
 
     def asked(self, tensor: TensorId) -> str | None:

@@ -33,7 +33,7 @@ from d2qconv.export.package import check_output
 from d2qconv.options import Calibration, Flag, Machine, Method, Output, OutputPath, Report, Settings
 
 if TYPE_CHECKING:
-    from d2qconv.pipeline import Job
+    from d2qconv.job import Job
 
 #: The model that `demo` converts; it is part of the package.
 DEMO_MODEL = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
@@ -97,6 +97,9 @@ def exporter_options(info: ExporterInfo) -> type:
             hint = Annotated[hint, Parameter(name=f"--{info.name}-{field.name.replace('_', '-')}")]
         if field.name in texts:
             hint = Annotated[hint, Parameter(help=texts[field.name])]
+        if field.default == ():
+            # Given again and again instead; an option for none of it says nothing that leaving it out does not.
+            hint = Annotated[hint, Parameter(negative_iterable="", show_default=False)]
         made.append((field.name, hint, _again(field)))
     return dataclasses.make_dataclass(
         info.options.__name__, made, bases=(info.options,), frozen=True, namespace={"__module__": __name__}
@@ -178,7 +181,8 @@ def _add_plan(app: App, found: Collection[Found]) -> None:
 
     app.command(
         plan,
-        help="Show what would be written: type and size of every tensor, carrier of the mean shift, refusals. "
+        help="Show what would be written: type and size of every tensor, carrier of the mean shift, refusals. Reads no "
+        "weights, unless types are to be chosen by measurement. "
         "Takes all options of to-NAME (d2qconv to-NAME --help lists them), and is the same as to-NAME --dry-run.",
         help_epilogue="Example:\n  d2qconv plan Qwen/Qwen3-8B --to gguf --all",
     )
@@ -263,7 +267,7 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
     path = output.output or Path(Path(model).resolve().name + info.suffix)
     if not output.dry_run:
         check_output(path, output.overwrite)
-    from d2qconv.pipeline import Job
+    from d2qconv.job import Job
 
     return Job(
         model=model,
@@ -283,10 +287,18 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
 
 
 def show_plan(job: Job, console: Console, *, is_all: bool) -> None:
-    """Print what a job would write. Raises PlanError with every reason if anything is refused."""
+    """Print what a job would write. Raises PlanError with every reason if anything is refused.
+
+    Where types are to be chosen, the plan says which; for that every weight is read, and what was measured stays in the
+    work directory.
+    """
     from d2qconv import pipeline
 
-    console.show_plan(pipeline.plan(job), is_all=is_all)
+    planned = pipeline.plan(job)
+    if planned.candidates is not None:
+        with console.watch() as watch:
+            planned = pipeline.allocate(planned, watch)
+    console.show_plan(planned, is_all=is_all)
 
 
 def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
@@ -294,10 +306,15 @@ def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
     from d2qconv import pipeline
     from d2qconv.team import started
 
-    if started()[0]:
+    rank, n_processes, _ = started()
+    if rank:
         # Under torchrun the first process speaks for all.
         console.ask(is_json=False, is_quiet=True)
     planned = pipeline.plan(job)
+    if planned.candidates is not None and n_processes == 1:
+        # A team measures once it has met.
+        with console.watch() as watch:
+            planned = pipeline.allocate(planned, watch)
     console.announce(planned)
     with console.watch() as watch:
         outcome = pipeline.convert(planned, watch)

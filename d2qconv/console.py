@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 
+from d2qconv import allocation_view
 from d2qconv.budget import Peaks, gibibytes
 from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
@@ -25,7 +26,9 @@ from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
     from d2qconv.fold.corrections import FoldRecord
-    from d2qconv.pipeline import Outcome, Planned
+    from d2qconv.job import Planned
+    from d2qconv.names import TensorId
+    from d2qconv.outcome import Outcome
     from d2qconv.walk.last_pass import LastPass
     from d2qconv.walk.memory import Footprint
 
@@ -88,6 +91,11 @@ class Console:
         if not self._is_quiet:
             self._table(*(_each_tensor(target) if is_all else _by_role(target)))
             self._line()
+            if planned.allocation is not None:
+                self._table(
+                    allocation_view.HEADER, allocation_view.rows(planned.allocation, _weights(target))
+                )
+                self._line()
             self._pairs(_plan_pairs(planned))
         self._line(
             f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
@@ -192,7 +200,7 @@ class Console:
         self._out.file.write(msgspec.json.encode(facts).decode() + "\n")
 
 
-RIGHT = ("n", "size", "bits/weight")
+RIGHT = ("n", "size", "bytes", "bits/weight", "predicted KLD")
 
 
 def _plain(file: Any) -> RichConsole:
@@ -260,6 +268,10 @@ def _by_role(target: TargetPlan) -> tuple[Sequence[str], list[Sequence[str]]]:
     return ("role", "n", "shape", "type", "bits/weight", "size", "note"), rows
 
 
+def _weights(target: TargetPlan) -> Mapping[TensorId, int]:
+    return {t.id: _n_elements(t.shape) for t in target.tensors}
+
+
 def _carrier(target: TargetPlan) -> str:
     return f"{target.carrier}: {target.carrier_note}" if target.carrier_note else str(target.carrier)
 
@@ -271,6 +283,8 @@ def _plan_pairs(planned: Planned) -> Iterator[tuple[str, str]]:
     yield "weights", f"{planned.n_weights:,}"
     yield "mean shift", _carrier(target)
     yield "last pass", _last_pass(planned.last_pass)
+    if planned.allocation is not None:
+        yield from allocation_view.pairs(planned.allocation, target.n_bytes)
     yield "loads in", ", ".join(target.loads_in)
     yield from _footprint_pairs(planned.footprint)
     for warning in target.warnings:
@@ -332,6 +346,8 @@ def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
         f"{outcome.perplexity:.3f} (source {outcome.perplexity_source:.3f}), on the same tokens",
     )
     yield "same top token", f"{outcome.same_top:.1%} of them"
+    if outcome.allocation is not None:
+        yield "predicted", allocation_view.prediction(outcome.allocation)
     if outcome.last_pass:
         yield "last pass", outcome.last_pass
     if outcome.errors:
@@ -402,6 +418,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
         "loads_in": target.loads_in,
         "warnings": target.warnings,
         "memory": footprint_facts(planned.footprint),
+        "allocation": None if planned.allocation is None else allocation_view.facts(planned.allocation),
         "last_pass": {
             "scope": planned.last_pass.scope,
             "steps": planned.last_pass.steps,
@@ -434,6 +451,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "n_tokens": outcome.n_tokens,
         "last_pass": outcome.last_pass,
         "kld_unrefined": outcome.kld_unrefined,
+        "allocation": None if outcome.allocation is None else allocation_view.facts(outcome.allocation),
         "checks": [_check_facts(c) for c in outcome.checks],
         "folds": [
             {

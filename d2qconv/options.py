@@ -36,7 +36,7 @@ class Output:
     overwrite: Flag = False
     """Replace an existing output; until the new one is complete, the old one stays."""
     dry_run: Flag = False
-    """Stop after the plan, and print it. Nothing is quantized or written."""
+    """Stop after the plan, and print it. Nothing is quantized; of a choice of types what was measured is kept."""
     all: Flag = False
     """With --dry-run: list every tensor instead of a summary by role."""
 

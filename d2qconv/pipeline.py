@@ -9,137 +9,56 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from d2qconv import __version__
+from d2qconv.allocate.allocation import Measurement, activation_bytes, refusals
+from d2qconv.allocate.allocation import allocate as choose_types
 from d2qconv.arch.bind import bind
-from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import PeakMeter, Peaks, choose_budget, limit_allocator
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
     CalibrationTokens,
     check_spec,
 )
-from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
+from d2qconv.checkpoint.open import open_checkpoint
+from d2qconv.errors import InputError, RunError, VerifyError, refuse
 from d2qconv.export.base import (
+    Allocating,
     Carrier,
     Check,
-    Exporter,
-    ExporterInfo,
     FloatType,
     Package,
     Progress,
-    TargetPlan,
 )
 from d2qconv.export.package import atomic_output, check_output
-from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rotation import Rotation, rotated
-from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases
 from d2qconv.gather import Source, calibration_tokens, read_weights
 from d2qconv.grids.base import Grid
-from d2qconv.ir.model import Provenance, QuantizedModel
+from d2qconv.ir.model import QuantizedModel
 from d2qconv.ir.store import Store
-from d2qconv.names import Role
+from d2qconv.job import Job, Planned
+from d2qconv.outcome import Outcome, outcome_of, provenance
 from d2qconv.progress import Unwatched, Watch
-from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe, describe
+from d2qconv.run import CalibrationSpec, RunSpec, check_recipe
 from d2qconv.team import Team
 from d2qconv.walk.activations import Placement
-from d2qconv.walk.last_pass import LastPass, choose_last_pass, own_sequences
-from d2qconv.walk.memory import Footprint, predict
-from d2qconv.walk.model import Walk, WalkResult
-from d2qconv.walk.rounding import Rounder, TensorError
+from d2qconv.walk.last_pass import choose_last_pass, own_sequences
+from d2qconv.walk.memory import choose_place, predict
+from d2qconv.walk.model import Walk
+from d2qconv.walk.refusals import fold_refusals
+from d2qconv.walk.rounding import Rounder
 from d2qconv.walk.sharing import SharedStore
-
-
-@dataclass(frozen=True)
-class Job:
-    """One conversion, as asked for.
-
-    carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
-    work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
-    free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result.
-    """
-
-    model: str
-    exporter: ExporterInfo
-    options: object
-    output: Path
-    recipe: Recipe = field(default_factory=Recipe)
-    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
-    carrier: Carrier | None = None
-    device: str | None = None
-    work_dir: Path | None = None
-    revision: str | None = None
-    overwrite: bool = False
-    max_gpu_mem: str | None = None
-    max_host_mem: str | None = None
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What will be done; nothing is refused.
-
-    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation. footprint: the
-    memory that it is predicted to take.
-    """
-
-    job: Job
-    checkpoint: Checkpoint
-    source: ModelDesc
-    desc: ModelDesc
-    target: TargetPlan
-    exporter: Exporter
-    device: torch.device
-    footprint: Footprint
-    last_pass: LastPass
-
-    @property
-    def n_weights(self) -> int:
-        """Weights of the source; a tied head counts once."""
-        return self.desc.n_weights
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of all tensors of the package, metadata not counted, per weight of the source. Exact, not an estimate."""
-        return 8 * self.target.n_bytes / self.n_weights
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was done, in numbers. kld, perplexities and same_top: on the held-out sequences, by the float reference.
-
-    peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words, empty if there was none;
-    kld_unrefined: before it, where it changed the whole model.
-    """
-
-    path: Path
-    n_bytes: int
-    bits_per_weight: float
-    kld: float
-    perplexity_source: float
-    perplexity: float
-    same_top: float
-    n_tokens: int
-    checks: Sequence[Check]
-    folds: Sequence[FoldRecord]
-    errors: Sequence[TensorError]
-    loads_in: Sequence[str]
-    fingerprint: str
-    seconds: float
-    peaks: Peaks
-    footprint: Footprint
-    last_pass: str = ""
-    kld_unrefined: float | None = None
 
 
 def plan(job: Job) -> Planned:
     """Open the checkpoint, choose every tensor's storage, refuse what cannot be done.
 
-    Reads headers and configs, no weights. Raises InputError, PlanError, PluginError.
+    Storages that follow from a measurement are chosen by `allocate`; that a choice exists is seen here. Reads headers
+    and configs, no weights. Raises InputError, PlanError, PluginError.
     """
     check_recipe(job.recipe)
     if not job.recipe.dac and job.carrier in (Carrier.BIAS, Carrier.RANK1):
@@ -155,7 +74,7 @@ def plan(job: Job) -> Planned:
     desc = bound if kind == "none" else rotated(bound, Rotation(kind))
     check_spec(job.calibration, desc)
     exporter = job.exporter.load(job.options)
-    target = exporter.plan(desc, job.carrier if job.recipe.dac else job.carrier or Carrier.NONE)
+    target = exporter.plan(desc, _carrier(job))
     source = exporter.check_source(checkpoint)
     target = replace(target, warnings=(*target.warnings, *source.warnings))
     budget = choose_budget(job.max_gpu_mem, job.max_host_mem, device)
@@ -172,11 +91,74 @@ def plan(job: Job) -> Planned:
         [
             *target.refusals,
             *source.refusals,
-            *_fold_refusals(desc, job.recipe, target),
+            *fold_refusals(desc, job.recipe, target),
             *footprint.refusals,
         ]
     )
-    return Planned(job, checkpoint, bound, desc, target, exporter, device, footprint, last_pass)
+    candidates = None
+    if isinstance(exporter, Allocating):
+        candidates = exporter.candidates(desc, checkpoint, _carrier(job))
+    refuse([] if candidates is None else refusals(candidates, job.recipe))
+    return Planned(job, checkpoint, bound, desc, target, exporter, device, footprint, last_pass, candidates)
+
+
+def _carrier(job: Job) -> Carrier | None:
+    """What the exporter is asked for."""
+    return job.carrier if job.recipe.dac else job.carrier or Carrier.NONE
+
+
+def allocate(planned: Planned, watch: Watch) -> Planned:
+    """Choose the storages that follow from a measurement, if there are any to choose; for one process.
+
+    Reads every weight and measures, unless the work directory keeps what was measured before. Raises any D2qError.
+    """
+    if planned.candidates is None or planned.allocation is not None:
+        return planned
+    with _memory_as_run_error(planned):
+        limit_allocator(planned.device, planned.footprint.budget)
+        _check_work_dir(planned)
+        content = read_weights(_source(planned), watch)
+        team = Team.alone(planned.device)
+        job, own = planned.job, planned.last_pass.own
+        tokens = calibration_tokens(_source(planned), job.calibration, own, content, team, watch)
+        return _allocated(replace(planned, content=content), tokens, team, watch)
+
+
+def _allocated(planned: Planned, tokens: CalibrationTokens, team: Team, watch: Watch) -> Planned:
+    """The plan with the choice made. The first process measures, all choose alike."""
+    candidates, job, desc = planned.candidates, planned.job, planned.desc
+    if candidates is None or planned.allocation is not None:
+        return planned
+    assert isinstance(planned.exporter, Allocating), "an exporter with candidates makes plans of them"
+    ids = tokens.calibration
+    footprint, device = planned.footprint, planned.device
+    place = choose_place(activation_bytes(desc, candidates, *ids.shape), footprint, device)
+    measurement = Measurement(
+        desc,
+        planned.content,
+        ids,
+        Rounder(replace(job.recipe, asymmetry=0.0)),
+        Placement(place, device, _work_dir(job)),
+        _work_dir(job),
+    )
+    measured = team.from_leader(lambda: measurement.sensitivity(candidates, watch))
+    allocation = choose_types(candidates, measured)
+    target = planned.exporter.plan_chosen(desc, _carrier(job), allocation.storages)
+    target = replace(
+        target, warnings=(*target.warnings, *planned.exporter.check_source(planned.checkpoint).warnings)
+    )
+    refuse(target.refusals)
+    last_pass = choose_last_pass(
+        job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
+    )
+    # The sequences of the last pass are drawn already, and what was drawn is part of the fingerprint.
+    last_pass = replace(last_pass, own=planned.last_pass.own)
+    if team.size > 1:
+        # The plan was announced before the team had met.
+        watch.note(
+            f"types for {allocation.asked}: {target.n_bytes:,} bytes, predicted KLD {allocation.kld:.4f}"
+        )
+    return replace(planned, target=target, allocation=allocation, last_pass=last_pass)
 
 
 def convert(planned: Planned, watch: Watch) -> Outcome | None:
@@ -190,9 +172,11 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
         limit_allocator(planned.device, planned.footprint.budget)
         watch = watch if team.is_leader else Unwatched()
         content = team.from_leader(lambda: _prepare(planned, watch))
+        planned = replace(planned, content=content)
         tokens = calibration_tokens(
             _source(planned), planned.job.calibration, planned.last_pass.own, content, team, watch
         )
+        planned = _allocated(planned, tokens, team, watch)
         spec = _run_spec(planned, tokens, content)
         team.same("the run's fingerprint", spec.fingerprint())
         with ExitStack() as stack:
@@ -204,18 +188,18 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             # The others may go: what follows is one process's work, and may take long.
             team.leave()
             held = store.leaders
-            model = QuantizedModel(planned.desc, held.tensors(), _provenance(planned, tokens, spec, result))
+            model = QuantizedModel(planned.desc, held.tensors(), provenance(planned, tokens, spec, result))
             package, checks = _package(planned, model, watch)
             held.delete()
             peaks = _largest([peaks, meter.peaks()])
-    return _outcome(planned, package, checks, result, spec, time.monotonic() - started, peaks)
+    return outcome_of(planned, package, checks, result, spec, time.monotonic() - started, peaks)
 
 
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
-    check_output(planned.job.output, planned.job.overwrite, planned.target.n_bytes)
+    check_output(planned.job.output, planned.job.overwrite, planned.most_bytes)
     _check_work_dir(planned)
-    return read_weights(_source(planned), watch)
+    return planned.content or read_weights(_source(planned), watch)
 
 
 def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team: Team, watch: Watch) -> Walk:
@@ -265,30 +249,6 @@ def choose_device(wanted: str | None) -> torch.device:
     return device
 
 
-def _fold_refusals(desc: ModelDesc, recipe: Recipe, target: TargetPlan) -> Iterator[Refusal]:
-    """What the model cannot fold although the recipe asks for it."""
-    arch = desc.arch
-    if recipe.dac_final and desc.is_tied:
-        why = "the head is the embedding, and a change of it would change what the first block reads"
-        yield Refusal("dac-final", why, "leave it out, or use --rotation, which unties the head")
-    if recipe.dsq:
-        yield from ScaleIntoRows().check(arch, Role.DOWN)
-    if recipe.value_scales:
-        yield from ScaleIntoRows().check(arch, Role.O)
-    if recipe.norm_scales:
-        yield from ScaleIntoGain().check(arch, Role.ATTN_NORM)
-        yield from ScaleIntoGain().check(arch, Role.FFN_NORM)
-    if target.carrier is Carrier.BIAS:
-        yield from ShiftIntoBiases().check(arch, Role.FFN_NORM)
-    if target.carrier is Carrier.BIASES:
-        if recipe.rounding == "nearest":
-            why = "biases take the means out of a sweep, and rounding to nearest has none"
-            yield Refusal("carrier biases", why, "use --rounding gptq or another carrier")
-        if recipe.attention_weights:
-            why = "means weighed by attention are not those that a bias must carry"
-            yield Refusal("carrier biases", why, "leave out --attention-weights or use another carrier")
-
-
 def _source(planned: Planned) -> Source:
     return Source(planned.checkpoint, planned.source, planned.device, _work_dir(planned.job))
 
@@ -328,7 +288,7 @@ def _check_work_dir(planned: Planned) -> None:
         raise InputError("not a folder", where=f"--work-dir {folder}", todo="name a folder of its own")
     there = next(p for p in (folder, *folder.parents) if p.exists())
     # The parts hold packed codes, and the package is written before they go.
-    needed = 2 * planned.target.n_bytes + planned.footprint.disk_bytes
+    needed = 2 * planned.most_bytes + planned.footprint.disk_bytes
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
@@ -376,34 +336,6 @@ def _grids(planned: Planned) -> dict[str, Grid]:
     return {s.id: s for s in storages if not isinstance(s, FloatType)}
 
 
-def _provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec, result: WalkResult) -> Provenance:
-    recipe = replace(planned.job.recipe, dac=planned.target.carrier is not Carrier.NONE)
-    return Provenance(
-        version=__version__,
-        fingerprint=spec.fingerprint(),
-        source=planned.checkpoint.name,
-        source_license=planned.checkpoint.license,
-        recipe=describe(recipe),
-        calibration=f"{tokens.description}, sha256 {tokens.digest}",
-        carriers={
-            "mean_shift": _carried("mean_shift", result.folds, planned.target.carrier_note),
-            "column_scale": _carried("column_scale", result.folds, _scaled_places(result.folds)),
-        },
-    )
-
-
-def _scaled_places(folds: Sequence[FoldRecord]) -> str:
-    return ", ".join(dict.fromkeys(fold.carrier for fold in folds if fold.name == "column_scale"))
-
-
-def _carried(name: str, folds: Sequence[FoldRecord], how: str) -> str:
-    """How a correction is carried, with the largest residual over all blocks; `none` if there is none."""
-    records = [fold for fold in folds if fold.name == name]
-    if not records:
-        return "none"
-    return f"{how}; residual at most {max(r.residual for r in records):.2e} ({records[0].meaning})"
-
-
 def _require_passed(checks: Sequence[Check]) -> None:
     failed = [f"{c.name}: {c.detail}" for c in checks if not c.is_passed]
     if failed:
@@ -411,52 +343,6 @@ def _require_passed(checks: Sequence[Check]) -> None:
             "the package is not what the quantizer made: " + "; ".join(failed),
             todo="no output was kept; this is a bug, please report it with the command",
         )
-
-
-def _outcome(
-    planned: Planned,
-    package: Package,
-    checks: Sequence[Check],
-    result: WalkResult,
-    spec: RunSpec,
-    seconds: float,
-    peaks: Peaks,
-) -> Outcome:
-    judged = result.divergence
-    return Outcome(
-        path=planned.job.output,
-        n_bytes=package.n_bytes,
-        bits_per_weight=planned.bits_per_weight,
-        kld=judged.mean_kl,
-        perplexity_source=judged.perplexity_source,
-        perplexity=judged.perplexity,
-        same_top=judged.same_top,
-        n_tokens=judged.n_tokens,
-        checks=checks,
-        folds=result.folds,
-        errors=result.errors,
-        loads_in=planned.target.loads_in,
-        fingerprint=spec.fingerprint(),
-        seconds=seconds,
-        peaks=peaks,
-        footprint=planned.footprint,
-        last_pass=_last_pass(planned, result),
-        kld_unrefined=None if result.unrefined is None else result.unrefined.mean_kl,
-    )
-
-
-def _last_pass(planned: Planned, result: WalkResult) -> str:
-    """What the last pass did, for people."""
-    steps = planned.last_pass.steps
-    if result.refined is not None:
-        if not result.refined.kept or result.unrefined is None:
-            return f"not kept after {result.refined.steps} steps: {result.refined.why}"
-        before, after = result.unrefined.mean_kl, result.divergence.mean_kl
-        return f"{steps} steps, KL divergence {before:.4f} → {after:.4f}"
-    if result.blocks:
-        n_kept = sum(notes.kept for notes in result.blocks)
-        return f"{steps} steps a block, kept in {n_kept} of {len(result.blocks)} blocks"
-    return ""
 
 
 @contextmanager

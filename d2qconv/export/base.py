@@ -1,7 +1,8 @@
 """What an export format is: the one door through which every exporter, ours or not, is used.
 
 An exporter is asked three times. `plan` before any work: which grid every weight will have, how the mean shift can
-be carried, what is refused. `write` after quantization. `verify` on the written package, with readers of its own.
+be carried, what is refused. `write` after quantization. `verify` on the written package, with readers of its own. One
+whose options may leave the types open to measurement is asked for candidates too (`Allocating`).
 Modules here import neither torch nor any runtime.
 """
 
@@ -14,7 +15,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from d2qconv.errors import PluginError, Refusal
 from d2qconv.grids.base import Grid
@@ -116,6 +117,29 @@ class TargetPlan:
 
 
 @dataclass(frozen=True)
+class Option:
+    """One way to store a tensor, and its bytes in the package."""
+
+    storage: Grid | FloatType
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to choose from where the user gave a size and no types.
+
+    asked: in the user's words (`--size 3.2GiB`). n_bytes: what `TargetPlan.n_bytes` may be at most. fixed_bytes: of
+    that, what all tensors take that are not in `options`. options: per matrix at least one; a matrix whose type was
+    given has just that one.
+    """
+
+    asked: str
+    n_bytes: int
+    fixed_bytes: int
+    options: Mapping[TensorId, tuple[Option, ...]]
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that `verify` established. detail: with the number that shows it.
 
@@ -179,6 +203,25 @@ class Exporter(Protocol):
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """Facts of a package for a person: layout, sizes per type, provenance. Reads no weights."""
+
+
+@runtime_checkable
+class Allocating(Protocol):
+    """An exporter that lets the types be chosen by measurement, if its options ask for that. Optional.
+
+    It is then asked in this order: `plan` without a choice, for all refusals, with the smallest type everywhere;
+    `candidates`; once the choice is made, `plan_chosen`.
+    """
+
+    def candidates(
+        self, model: ModelDesc, checkpoint: Checkpoint, carrier: Carrier | None
+    ) -> Candidates | None:
+        """What may be chosen from; None if the options ask for no choice. Asked only if `plan` refused nothing."""
+
+    def plan_chosen(
+        self, model: ModelDesc, carrier: Carrier | None, chosen: Mapping[TensorId, Grid | FloatType]
+    ) -> TargetPlan:
+        """As `plan`, with these storages."""
 
 
 @dataclass(frozen=True)

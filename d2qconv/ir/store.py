@@ -4,6 +4,7 @@
 
     work/manifest.json        version, fingerprint, SHA-256 of every part in the order of writing
     work/<part>.safetensors   codes as bits (see `packing`), params and float tensors as they are
+    work/measured.json        sensitivities, see `workdir.write_measured`
     work/tokens.safetensors   sampled calibration tokens, see `workdir.write_tokens`
     work/lock                 empty; flock'ed by the run that uses the directory
 
@@ -39,6 +40,7 @@ from d2qconv.ir.part_file import write_part
 from d2qconv.ir.workdir import (
     BESIDE,
     MANIFEST,
+    MEASURED,
     OWN,
     PENDING,
     TOKENS,
@@ -286,7 +288,7 @@ class Store:
 
     def _open(self, fingerprint: str) -> _Manifest:
         """The manifest to go on from, with the directory brought to its state."""
-        for leftover in (PENDING, MANIFEST + BESIDE, TOKENS + BESIDE):
+        for leftover in (PENDING, MANIFEST + BESIDE, TOKENS + BESIDE, MEASURED + BESIDE):
             (self._folder / leftover).unlink(missing_ok=True)
         fresh = _Manifest(VERSION, fingerprint, {})
         header = read_header(self._folder)

@@ -1,6 +1,6 @@
 """A folder that one run works in: whose files are in it, who may use it, and writing that a kill cannot halve.
 
-`store` keeps the quantized parts there; the sampled calibration tokens are kept here.
+`store` keeps the quantized parts there; the sampled calibration tokens and measurements are kept here.
 """
 
 from __future__ import annotations
@@ -24,16 +24,38 @@ except ImportError:  # Not a POSIX system: there is no lock.
     fcntl = None  # type: ignore[assignment]
 
 MANIFEST, LOCK, TOKENS = "manifest.json", "lock", "tokens.safetensors"
+#: What was measured before the types were chosen.
+MEASURED = "measured.json"
 #: A part, while it is written.
 PENDING = "pending.safetensors.part"
 BESIDE = ".part"
 #: Activations on disk, for the moment before the file loses its name; only a kill just then leaves it.
 ACTIVATIONS = "activations.part"
 #: Every file of ours but the parts, in an order in which they may be removed.
-OWN = (PENDING, ACTIVATIONS, MANIFEST + BESIDE, MANIFEST, TOKENS + BESIDE, TOKENS, LOCK)
+OWN = (
+    PENDING,
+    ACTIVATIONS,
+    MANIFEST + BESIDE,
+    MANIFEST,
+    TOKENS + BESIDE,
+    TOKENS,
+    MEASURED + BESIDE,
+    MEASURED,
+    LOCK,
+)
 
 #: Name of the entry in the tokens file's metadata.
 TOKENS_MARK = "d2qconv.tokens"
+MEASURED_MARK = "d2qconv.measured"
+
+
+class _Measured(msgspec.Struct, frozen=True):
+    """measured.json. values: JSON; sha256: of its bytes as they stand."""
+
+    mark: str
+    key: str
+    sha256: str
+    values: msgspec.Raw
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -84,6 +106,56 @@ def write_tokens(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
             os.close(lock)
 
 
+def read_measured(folder: Path, key: str) -> bytes | None:
+    """The JSON that `write_measured` wrote under `key`; None if there is none, or of another key, or damaged.
+
+    `folder` need not exist. Raises RunError if a file that is there cannot be read.
+    """
+    try:
+        found = _measured(folder / MEASURED)
+    except OSError as error:
+        raise unusable(folder, error) from error
+    if found is None or found.key != key or found.sha256 != hashlib.sha256(found.values).hexdigest():
+        return None
+    return bytes(found.values)
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder for files without a name; raises RunError if it is not ours, or in use."""
+    try:
+        lock = enter(folder)
+    except OSError as error:
+        raise unusable(folder, error) from error
+    if lock is not None:
+        os.close(lock)
+
+
+def write_measured(folder: Path, key: str, values: bytes) -> None:
+    """Keep JSON in the work directory, in place of what was there; as `write_tokens`."""
+    path = folder / MEASURED
+    lock = None
+    try:
+        lock = enter(folder)
+        if not is_own(path):
+            raise foreign(path)
+        digest = hashlib.sha256(values).hexdigest()
+        write_atomic(path, msgspec.json.encode(_Measured(MEASURED_MARK, key, digest, msgspec.Raw(values))))
+    except OSError as error:
+        raise unusable(folder, error) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _measured(path: Path) -> _Measured | None:
+    """None if there is no such file, or if it is not ours; raises OSError."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Measured)
+    except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return found if found.mark == MEASURED_MARK else None
+
+
 def _mark(key: str, tensors: dict[str, Tensor]) -> str:
     return f"{hashlib.sha256(save(tensors)).hexdigest()}:{key}"
 
@@ -97,20 +169,27 @@ def _tokens_mark(path: Path) -> str | None:
 def is_own(path: Path) -> bool:
     """Is there nothing at `path` that a user may have put there? For names in OWN; parts stand in the manifest.
 
-    `lock` is ours if empty, `tokens.safetensors` if it has our mark or cannot be parsed.
+    `lock` is ours if empty, `measured.json` if it has our mark, `tokens.safetensors` if it has it or cannot be parsed.
     """
     if not path.exists():
         return path.name in OWN
     if not path.is_file():
         return False
-    if path.name == LOCK:
-        return path.stat().st_size == 0
-    if path.name == TOKENS:
-        try:
-            return _tokens_mark(path) is not None
-        except SafetensorError:
-            return True
+    kinds = {
+        LOCK: lambda: path.stat().st_size == 0,
+        MEASURED: lambda: _measured(path) is not None,
+        TOKENS: lambda: _is_own_tokens(path),
+    }
+    if path.name in kinds:
+        return kinds[path.name]()
     return path.name in OWN or path.name.startswith(ACTIVATIONS)
+
+
+def _is_own_tokens(path: Path) -> bool:
+    try:
+        return _tokens_mark(path) is not None
+    except SafetensorError:
+        return True
 
 
 def enter(folder: Path) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +19,7 @@ from d2qconv.run import CalibrationSpec, Recipe
 
 #: Steps on a GPU where the recipe leaves the number open, by scope. On a CPU a last pass takes longer than the rest.
 STEPS: Mapping[str, int] = {"model": 600, "block": 60}
-#: Bits per weight of the blocks' matrices above which a last pass must be asked for: there is little left to gain.
+#: Mean bits per weight of the blocks' matrices above which a last pass must be asked for: there is little left to gain.
 MOST_BITS = 4.0
 #: Sequences sampled for a last pass, and the size of a model from which on sampling them would take too long.
 OWN, MOST_WEIGHTS = 1024, 1_000_000_000
@@ -57,14 +58,12 @@ def choose_last_pass(
 
     free: bytes on the device that the run leaves to a last pass.
     """
-    grids = _grids(desc, plan)
+    grids = _grids(plan)
     steps = recipe.refine
     if steps == 0 or not grids:
         return LastPass()
-    if steps < 0:
-        bits = max(grid.bits_per_weight for grid in grids.values())
-        if device.type == "cpu" or bits > MOST_BITS or recipe.rounding != "gptq":
-            return LastPass()
+    if steps < 0 and (device.type == "cpu" or recipe.rounding != "gptq" or _mean_bits(plan) > MOST_BITS):
+        return LastPass()
 
     def made(scope: Literal["model", "block"]) -> LastPass:
         n_steps = STEPS[scope] if steps < 0 else steps
@@ -79,11 +78,24 @@ def choose_last_pass(
     return whole if whole.n_bytes <= free else made("block")
 
 
-def _grids(desc: ModelDesc, plan: TargetPlan) -> dict[Role, Grid]:
-    """Grids of the first block's matrices; float matrices have none."""
+def _grids(plan: TargetPlan) -> dict[Role, Grid]:
+    """The grid of each role's matrices, of several that with the most bits; float matrices have none."""
     found: dict[Role, Grid] = {}
-    for site in desc.arch.sites:
-        planned = plan.by_id.get(TensorId(site.role, 0))
-        if planned is not None and len(planned.shape) == 2 and not isinstance(planned.storage, FloatType):
-            found[site.role] = planned.storage
+    for tensor, grid in _quantized(plan):
+        before = found.get(tensor.role)
+        if before is None or grid.bits_per_weight > before.bits_per_weight:
+            found[tensor.role] = grid
     return found
+
+
+def _mean_bits(plan: TargetPlan) -> float:
+    """Bits per weight over all quantized matrices of the blocks; there is one at least."""
+    sizes = [(math.prod(plan.by_id[t].shape), grid.bits_per_weight) for t, grid in _quantized(plan)]
+    return sum(n * bits for n, bits in sizes) / sum(n for n, _ in sizes)
+
+
+def _quantized(plan: TargetPlan) -> Iterator[tuple[TensorId, Grid]]:
+    """The blocks' matrices that are on a grid."""
+    for planned in plan.tensors:
+        if planned.id.block is not None and not isinstance(planned.storage, FloatType):
+            yield planned.id, planned.storage

@@ -344,6 +344,14 @@ def _slab(n_out: int, n_in: int) -> int:
     return int(slabs(n_out, n_in)[0].stop) * n_in
 
 
+def choose_place(n_bytes: int, footprint: Footprint, device: torch.device) -> Place:
+    """Where activations go that live beside what a run needs at its peak: the fastest place that has room."""
+    budget = footprint.budget
+    if device.type == "cuda" and n_bytes <= (budget.gpu_bytes or 0) - footprint.gpu_peak:
+        return Place.DEVICE
+    return Place.HOST if n_bytes <= budget.host_bytes - footprint.host_peak else Place.DISK
+
+
 def footprint_facts(footprint: Footprint) -> Mapping[str, object]:
     """A footprint as JSON."""
     return {

@@ -16,15 +16,30 @@ class GgufOptions:
     """How the weights are stored.
 
     type: of the matrices inside the blocks, by rising size: tq2_0, iq2_xxs, q2_0, iq2_xs, iq2_s, q2_k, iq3_xxs, iq3_s,
-    q3_k, iq4_xs, iq4_nl, q4_k, q4_0, q5_k, q6_k, q8_0, or unquantized f16, bf16, f32.
-    embedding: of the token embedding, and with it of a tied head; the same choices.
-    head: of the output matrix where it is a matrix of its own; the same choices.
+        q3_k, iq4_xs, iq4_nl, q4_k, q4_0, q5_k, q6_k, q8_0, or unquantized f16, bf16, f32. By default q2_k.
+    mix: instead of type, the types that llama-quantize gives every matrix under a name such as Q2_K, IQ2_M or Q4_K_M,
+        embedding and head included.
+    embedding: of the token embedding, and with it of a tied head; the same choices as for type. By default q8_0, or
+        the mix's.
+    head: of the output matrix where it is a matrix of its own; the same choices. By default q8_0, or the mix's.
+    tensor_type: ROLE=TYPE or ROLE@BLOCKS=TYPE, such as v=q4_k or down@0-3,7=q4_k: the type of some matrices, whatever
+        the other options say. Roles are q, k, v, o, gate, up, down, embed and head. May be given again; later ones win.
+    size: instead of type, the size that the file may have, such as 3.2GiB or 900MB: every matrix gets the type with
+        which, by measurement, the whole comes closest to the source. Embedding and head are among them.
+    bpw: the same by bits per weight, of all tensors, without metadata.
+    candidates: types that size and bpw choose from, such as q2_k,q3_k,q6_k. By default every quantized type that fits
+        a matrix, but those without a fast kernel on x86 CPUs.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
     """
 
-    type: str = "q2_k"
-    embedding: str = "q8_0"
-    head: str = "q8_0"
+    type: str | None = None
+    mix: str | None = None
+    embedding: str | None = None
+    head: str | None = None
+    tensor_type: tuple[str, ...] = ()
+    size: str | None = None
+    bpw: float | None = None
+    candidates: str | None = None
     base_gguf: Path | None = None
 
 
@@ -40,7 +55,7 @@ INFO = ExporterInfo(
     architectures=("llama", "mistral", "qwen2", "qwen3"),
     facts={
         "types": "tq2_0 iq2_xxs q2_0 iq2_xs iq2_s q2_k iq3_xxs iq3_s q3_k iq4_xs iq4_nl q4_k q4_0 q5_k q6_k q8_0, "
-        "embeddings also f16 bf16 f32",
+        "embeddings also f16 bf16 f32; the mixes of llama-quantize",
         "loads in": "llama.cpp and all that is built on it",
         "mean shift": "exact FFN biases (llama, mistral; qwen2 as llama), rank-1 fold (qwen3)",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,20 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
 from d2qconv.export.base import (
+    Candidates,
     Carrier,
     Check,
     FloatType,
+    Option,
     Package,
     Progress,
     SourceFindings,
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf, types, writer
+from d2qconv_gguf import GgufOptions, base_gguf, candidates, types, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
 from d2qconv_gguf.metadata import (
     KV,
@@ -49,6 +51,7 @@ from d2qconv_gguf.names import (
 )
 from d2qconv_gguf.runtime import LlamaCpp
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
+from d2qconv_gguf.type_map import TypeMap
 from d2qconv_gguf.verify import require_same_function, verify_file
 
 if TYPE_CHECKING:
@@ -68,30 +71,60 @@ class GgufExporter:
         self.options = options
 
     def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
-        """Decide storage, layout and carrier; see `Exporter`.
+        """Decide storage, layout and carrier; see `Exporter`. With a size to keep: the smallest there is.
 
         With `base_gguf` the checkpoint's weights are read and compared with those of that file.
         """
-        refusals = [*self._option_refusals()]
+        return self._plan(model, carrier, None)
+
+    def plan_chosen(
+        self, model: ModelDesc, carrier: Carrier | None, chosen: Mapping[TensorId, types.Storage]
+    ) -> TargetPlan:
+        """The same with the storages that a measurement chose; see `Allocating`."""
+        return self._plan(model, carrier, chosen)
+
+    def candidates(
+        self, model: ModelDesc, checkpoint: Checkpoint, carrier: Carrier | None
+    ) -> Candidates | None:
+        """What `size` and `bpw` choose from; see `Allocating`."""
+        if not candidates.is_asked(self.options):
+            return None
+        smallest = self.plan(model, carrier)
+        layout = LAYOUTS[smallest.layout]
+        choices = _choices(TypeMap(self.options, model, layout.name))
+        header = candidates.header_bytes(self._keys(model, checkpoint, layout, 0), smallest.tensors)
+        return candidates.candidates(
+            self.options, smallest.tensors, choices, model.n_weights, smallest.n_extra_bytes, header
+        )
+
+    def _plan(
+        self, model: ModelDesc, carrier: Carrier | None, wanted: Mapping[TensorId, types.Storage] | None
+    ) -> TargetPlan:
+        """wanted: storages that were chosen, None if nothing was."""
+        refusals = [*candidates.refusals(self.options)]
         ways = WAYS.get(model.arch.id)
         if ways is None:
             why = f"no GGUF layout for architecture {model.arch.id}; there are ones for {', '.join(WAYS)}"
-            return TargetPlan(
-                "", (), Carrier.NONE, "", (), refusals=(*refusals, Refusal("architecture", why))
-            )
+            return TargetPlan("", (), Carrier.NONE, "", (), refusals=(Refusal("architecture", why),))
         chosen = carrier or next(iter(ways))
         if chosen not in ways:
             why = f"not for {model.arch.id}: {NO_CARRIER[model.arch.id]}"
             refusals.append(Refusal(f"carrier {chosen}", why, f"use {' or '.join(ways)}"))
             chosen = next(iter(ways))
         layout = ways[chosen]
+        type_map = TypeMap(self.options, model, layout.name)
+        refusals += type_map.refusals()
+        if wanted is None and candidates.is_asked(self.options):
+            wanted = {tensor: options[0].storage for tensor, options in _choices(type_map).items() if options}
+        if wanted is not None:
+            type_map = replace(type_map, chosen=wanted)
         shapes = _shapes(model, chosen, layout)
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
         unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
         for tensor in _file_order(shapes):
-            planned = self._tensor(tensor, shapes[tensor])
+            planned = _tensor(tensor, shapes[tensor], type_map)
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
@@ -123,7 +156,8 @@ class GgufExporter:
             raise ExportError("this plan was refused", where=str(path))
         layout = LAYOUTS[plan.layout]
         made = [*writer.entries(model, plan, layout), *_rope_entry(model.desc)]
-        keys = self._keys(model.desc, checkpoint, layout)
+        file_type = TypeMap(self.options, model.desc, layout.name).file_type(plan.tensors)
+        keys = self._keys(model.desc, checkpoint, layout, file_type)
         digests = writer.digest_all(made, progress)
         keys += provenance_metadata(model.provenance, digests)
         values = {kv.key: kv.value for kv in keys} | {"general.architecture": layout.name}
@@ -145,8 +179,7 @@ class GgufExporter:
         """Facts of a GGUF; see `Exporter`. Reads no weights. Raises VerifyError if it is none."""
         return _facts(read(path))
 
-    def _keys(self, desc: ModelDesc, checkpoint: Checkpoint, layout: Layout) -> list[KV]:
-        file_type = types.FILE_TYPES[self.options.type]
+    def _keys(self, desc: ModelDesc, checkpoint: Checkpoint, layout: Layout, file_type: int) -> list[KV]:
         ours = model_metadata(
             desc,
             layout=layout.name,
@@ -158,36 +191,29 @@ class GgufExporter:
             return base_gguf.keys(self.options.base_gguf, layout, ours)
         return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
 
-    def _option_refusals(self) -> list[Refusal]:
-        asked = {
-            "type": self.options.type,
-            "embedding": self.options.embedding,
-            "head": self.options.head,
-        }
-        return [
-            Refusal(
-                f"option {name}", f"{value!r} is not a storage type", f"use one of {', '.join(types.names())}"
-            )
-            for name, value in asked.items()
-            if types.storage(value) is None
-        ]
 
-    def _tensor(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal | None:
-        """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
-        stored = self._storage(tensor)
-        if stored is None:
-            return None
-        refusal = types.shape_refusal(str(tensor), stored, shape)
-        if refusal is not None:
-            return refusal
-        return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
+def _choices(type_map: TypeMap) -> dict[TensorId, tuple[Option, ...]]:
+    """Every way to store every matrix, fewest bytes first."""
+    matrices = {t: dense.shape for t, dense in type_map.model.tensors.items() if len(dense.shape) == 2}
+    return {tensor: candidates.options_of(type_map, tensor, shape) for tensor, shape in matrices.items()}
 
-    def _storage(self, tensor: TensorId) -> Grid | FloatType | None:
-        """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""
-        if tensor.part is Part.BIAS or tensor.role in _NORMS:
-            return FloatType.F32
-        asked = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
-        return types.storage(asked.get(tensor.role, self.options.type))
+
+def _tensor(tensor: TensorId, shape: tuple[int, ...], type_map: TypeMap) -> TensorPlan | Refusal | None:
+    """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
+    stored = _storage(tensor, type_map)
+    if stored is None:
+        return None
+    refusal = types.shape_refusal(str(tensor), stored, shape)
+    if refusal is not None:
+        return refusal
+    return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
+
+
+def _storage(tensor: TensorId, type_map: TypeMap) -> types.Storage | None:
+    """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""
+    if tensor.part is Part.BIAS or tensor.role in _NORMS:
+        return FloatType.F32
+    return types.storage(type_map.type_of(tensor))
 
 
 def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:

@@ -26,7 +26,7 @@ GGML_TYPES: Mapping[str, GgmlType] = {
 }
 
 #: `general.file_type`: the name that llama.cpp prints; it changes nothing else (llama-model-loader.cpp:739-799).
-#: The K-quants are the `_S` kinds, since every matrix of the blocks has the one type.
+#: The K-quants are the `_S` kinds, of which every matrix of the blocks has the one type. Mixes have their own.
 FILE_TYPES: Mapping[str, int] = {
     "iq2_xxs": LlamaFileType.MOSTLY_IQ2_XXS,
     "iq2_xs": LlamaFileType.MOSTLY_IQ2_XS,

@@ -104,6 +104,7 @@ def calm(tmp_path, monkeypatch):
             bits_per_weight = 26.0
             footprint = FOOTPRINT
             last_pass = LastPass("model", 40, 1, 7)
+            candidates = allocation = None
 
         return Planned
 

@@ -14,6 +14,7 @@ MODULES = sorted(CORE.rglob("*.py"))
 IDS = [str(p.relative_to(CORE)) for p in MODULES]
 #: Modules that `import d2qconv.cli` loads, and what they may load in turn at module level.
 LIGHT = (
+    "allocation_view.py",
     "cli.py",
     "console.py",
     "errors.py",

@@ -34,7 +34,7 @@ FTYPES = {
     "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26,
     "iq2_s": 29, "iq4_xs": 30, "iq1_m": 31, "tq1_0": 36, "tq2_0": 37, "q2_0": 41,
 }  # fmt: skip
-# enum ggml_log_level
+# enum ggml_log_level: warnings and errors are kept; everything while a dry run speaks.
 LOG_KEPT = (3, 4)
 
 
@@ -137,6 +137,7 @@ class Library:
         self.folder = folder.resolve()
         self.n_threads = n_threads
         self.log: list[str] = []
+        self._said: list[str] | None = None
         self.base = ctypes.CDLL(str(_find(self.folder, "libggml-base")), mode=ctypes.RTLD_GLOBAL)
         self.ggml = ctypes.CDLL(str(_find(self.folder, "libggml")), mode=ctypes.RTLD_GLOBAL)
         self.llama = ctypes.CDLL(str(_find(self.folder, "libllama")), mode=ctypes.RTLD_GLOBAL)
@@ -148,6 +149,8 @@ class Library:
         self._check_layout()
 
     def _on_log(self, level: int, text: bytes, _data: int | None) -> None:
+        if self._said is not None:
+            self._said.append(text.decode(errors="replace"))
         if level in LOG_KEPT:
             self.log = [*self.log[-19:], text.decode(errors="replace").rstrip()]
 
@@ -252,13 +255,7 @@ class Library:
         before this call). overrides: tensor name → type name, for files that are not of one type.
         Raises LlamaError with llama.cpp's own message.
         """
-        entries = (_ImatrixEntry * (len(imatrix) + 1))()
-        kept = []
-        for entry, (name, values) in zip(entries, imatrix.items(), strict=False):
-            flat = np.ascontiguousarray(values, np.float32)
-            kept.append(flat)
-            entry.name, entry.size = name.encode(), flat.size
-            entry.data = flat.ctypes.data_as(POINTER(c_float))
+        entries, _kept = _entries(imatrix)
         patterns = (_TensorOverride * (len(overrides) + 1))()
         for item, (name, wanted) in zip(patterns, overrides.items(), strict=False):
             item.pattern, item.type = b"^" + name.replace(".", "\\.").encode() + b"$", GGML_TYPES[wanted]
@@ -273,8 +270,40 @@ class Library:
         if self.llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params) != 0:
             raise self.fail(f"{target}: llama_model_quantize to {type_name} failed")
 
+    def quantize_mix(self, source: Path, target: Path | None, ftype: int, imatrix: Mapping[str, F32]) -> str:
+        """``llama-quantize --imatrix`` to one of its mixes; to no file: a dry run. Returns all that it says.
+
+        imatrix: as for ``quantize``. Raises LlamaError with llama.cpp's own message.
+        """
+        entries, _kept = _entries(imatrix)
+        params = self.llama.llama_model_quantize_default_params()
+        params.nthread, params.ftype, params.dry_run = self.n_threads, ftype, target is None
+        params.imatrix = ctypes.addressof(entries)
+        self._said = said = []
+        try:
+            status = self.llama.llama_model_quantize(
+                os.fsencode(source), os.fsencode(target or os.devnull), params
+            )
+        finally:
+            self._said = None
+        if status != 0:
+            raise self.fail(f"{source}: llama_model_quantize to file type {ftype} failed")
+        return "".join(said)
+
     def _type_count(self) -> int:
         return int(self.llama.llama_model_quantize_default_params().output_tensor_type)
+
+
+def _entries(imatrix: Mapping[str, F32]) -> tuple["ctypes.Array[_ImatrixEntry]", list[F32]]:
+    """The importance matrix as C has it, and the arrays that it points into: keep both while it is used."""
+    entries = (_ImatrixEntry * (len(imatrix) + 1))()
+    kept = []
+    for entry, (name, values) in zip(entries, imatrix.items(), strict=False):
+        flat = np.ascontiguousarray(values, np.float32)
+        kept.append(flat)
+        entry.name, entry.size = name.encode(), flat.size
+        entry.data = flat.ctypes.data_as(POINTER(c_float))
+    return entries, kept
 
 
 class Model:

@@ -198,3 +198,18 @@ def test_keys_of_the_file(tmp_path):
     assert file.need("general.file_type", int) == int(gguf.LlamaFileType.MOSTLY_Q4_0)
     assert file.keys["d2qconv.tensor_names"] == list(package.decoded_sha256)
     assert len(file.keys["tokenizer.ggml.tokens"]) == DIMS.vocab
+
+
+def test_file_type_is_the_mixs_or_the_majoritys(tmp_path):
+    def file_type(**options):
+        package, _, _ = write(
+            tmp_path / "x.gguf", make_desc("llama"), GgufOptions(embedding="f16", **options)
+        )
+        return read(package.path).need("general.file_type", int)
+
+    kinds = gguf.LlamaFileType
+    assert file_type(mix="q3_k_s") == int(kinds.MOSTLY_Q3_K_S)
+    # down and up are two of seven matrices, and each as large as any other but k and v
+    most = ("down=q8_0", "up=q8_0", "gate=q8_0", "q=q8_0")
+    assert file_type(type="q4_0", tensor_type=most) == int(kinds.MOSTLY_Q8_0)
+    assert file_type(type="q4_0", tensor_type=most[:1]) == int(kinds.MOSTLY_Q4_0)

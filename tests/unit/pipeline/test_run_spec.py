@@ -12,9 +12,9 @@ from d2qconv.errors import InputError, PlanError
 from d2qconv.export.base import Carrier
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.gather import calibration_tokens, read_weights
+from d2qconv.outcome import _carried
 from d2qconv.pipeline import (
     Job,
-    _carried,
     _check_work_dir,
     _open_store,
     _run_spec,

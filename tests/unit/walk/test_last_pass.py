@@ -99,8 +99,23 @@ def test_at_many_bits_it_must_be_asked_for(desc):
     assert choose(desc, few).scope == "model"
     assert choose(desc, many) == LastPass()
     assert choose(desc, many, refine=3).steps == 3
-    # One matrix of many bits is enough.
-    assert choose(desc, few, others={"down": many}) == LastPass()
+    # The mean over all weights counts: a mix gives its smallest matrices the most bits.
+    assert choose(desc, few, others={"v": many}).scope == "model"
+    rest = dict.fromkeys(("q", "k", "o", "gate", "up", "down"), many)
+    assert choose(desc, few, others=rest) == LastPass()
+
+
+def test_memory_is_that_of_the_widest_grid_of_a_role(desc):
+    """Whichever block has it."""
+    wide = grids(GRIDS["q2_k"]) | {Role.DOWN: GRIDS["q8_0"]}
+    plan = plan_of(desc, GRIDS["q2_k"])
+    tensors = tuple(
+        replace(t, storage=GRIDS["q8_0"]) if (t.id.role, t.id.block) == (Role.DOWN, 2) else t
+        for t in plan.tensors
+    )
+    spec = CalibrationSpec(length=LENGTH)
+    found = choose_last_pass(Recipe(refine=3), desc, replace(plan, tensors=tensors), spec, PLENTY, GPU)
+    assert found.n_bytes == predict_bytes(desc, wide, LENGTH, RefineSettings(steps=3), "model")
 
 
 def test_float_matrices_have_no_say(desc):

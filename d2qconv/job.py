@@ -1,0 +1,79 @@
+"""One conversion: as it is asked for, and as it will be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from d2qconv.allocate.allocation import Allocation
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.export.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
+from d2qconv.run import CalibrationSpec, Recipe
+from d2qconv.walk.last_pass import LastPass
+from d2qconv.walk.memory import Footprint
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion, as asked for.
+
+    carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
+    work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
+    free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result.
+    """
+
+    model: str
+    exporter: ExporterInfo
+    options: object
+    output: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    carrier: Carrier | None = None
+    device: str | None = None
+    work_dir: Path | None = None
+    revision: str | None = None
+    overwrite: bool = False
+    max_gpu_mem: str | None = None
+    max_host_mem: str | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done; nothing is refused.
+
+    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation. footprint: the
+    memory that it is predicted to take. candidates: what types are to be chosen from, if they are; until `allocate` has
+    made the allocation, `target` has the smallest of them. content: digest of the weights, empty if not read yet.
+    """
+
+    job: Job
+    checkpoint: Checkpoint
+    source: ModelDesc
+    desc: ModelDesc
+    target: TargetPlan
+    exporter: Exporter
+    device: torch.device
+    footprint: Footprint
+    last_pass: LastPass
+    candidates: Candidates | None = None
+    allocation: Allocation | None = None
+    content: str = ""
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the source; a tied head counts once."""
+        return self.desc.n_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors of the package, metadata not counted, per weight of the source. Exact, not an estimate."""
+        return 8 * self.target.n_bytes / self.n_weights
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that all tensors of the package may take."""
+        is_open = self.candidates is not None and self.allocation is None
+        return self.candidates.n_bytes if is_open and self.candidates else self.target.n_bytes

@@ -35,6 +35,7 @@ from d2qconv.export.base import (
     Progress,
     TargetPlan,
 )
+from d2qconv.export.file_set import atomic_set, check_set
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rotation import Rotation, rotated
@@ -110,10 +111,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done, in numbers. kld, perplexities and same_top: on the held-out sequences, by the float reference.
+    """What was done, in numbers.
 
-    peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words, empty if there was none;
-    kld_unrefined: before it, where it changed the whole model.
+    path: the package, its first file if there are several. kld, perplexities and same_top: on the held-out sequences,
+    by the float reference. peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words,
+    empty if there was none; kld_unrefined: before it, where it changed the whole model.
     """
 
     path: Path
@@ -219,7 +221,8 @@ def _limit(planned: Planned) -> None:
 
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
-    check_output(planned.job.output, planned.job.overwrite, planned.target.n_bytes)
+    check = check_set if planned.target.is_split else check_output
+    check(planned.job.output, planned.job.overwrite, planned.target.n_bytes)
     _check_work_dir(planned)
     return read_weights(_source(planned), watch)
 
@@ -242,13 +245,15 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
 def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Package, Sequence[Check]]:
     """Write the package beside its name and verify it there; only then it takes its name."""
     job, n_tensors = planned.job, len(planned.target.tensors)
-    with atomic_output(job.output, overwrite=job.overwrite) as path:
+    place = atomic_set if planned.target.is_split else atomic_output
+    with place(job.output, overwrite=job.overwrite) as path:
         watch.stage("write", 2 * n_tensors)
         package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
         watch.stage("verify", n_tensors)
-        checks = planned.exporter.verify(path, _steps(watch))
+        checks = planned.exporter.verify(package.path, _steps(watch))
         _require_passed(checks)
-    return package, checks
+    name = package.path.name if planned.target.is_split else job.output.name
+    return replace(package, path=job.output.with_name(name)), checks
 
 
 def n_held_out(calibration: CalibrationSpec) -> int:
@@ -430,7 +435,7 @@ def _outcome(
 ) -> Outcome:
     judged = result.divergence
     return Outcome(
-        path=planned.job.output,
+        path=package.path,
         n_bytes=package.n_bytes,
         bits_per_weight=planned.bits_per_weight,
         kld=judged.mean_kl,

@@ -88,7 +88,7 @@ class TargetPlan:
 
     carrier: how the mean shift will be carried, and `carrier_note` by which means (`ffn_gate.bias and
     ffn_up.bias`, `… relabelled as llama`). layout: the package's own architecture label. n_extra_bytes: of what the
-    package holds besides the model's own tensors (RoPE tables).
+    package holds besides the model's own tensors (RoPE tables). is_split: it may be a set of files, see `file_set`.
     """
 
     layout: str
@@ -99,6 +99,7 @@ class TargetPlan:
     n_extra_bytes: int = 0
     refusals: tuple[Refusal, ...] = ()
     warnings: tuple[str, ...] = ()
+    is_split: bool = False
 
     def storage(self, tensor: TensorId) -> Grid | FloatType:
         """Planned storage of one tensor; raises KeyError."""
@@ -138,7 +139,11 @@ class SourceFindings:
 
 @dataclass(frozen=True)
 class Package:
-    """What was written. decoded_sha256: per stored name, the digest of the tensor's decoded f32 values."""
+    """What was written.
+
+    path: the first file, if there are several. n_bytes: of all of them. decoded_sha256: per stored name, the digest of
+    the tensor's decoded f32 values.
+    """
 
     path: Path
     n_bytes: int
@@ -168,7 +173,11 @@ class Exporter(Protocol):
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
     ) -> Package:
-        """Write the package to `path`, which the caller has made a temporary name; raises ExportError."""
+        """Write the package to `path`, which the caller has made a temporary name; raises ExportError.
+
+        Where the plan says `is_split` it may write the `file_set.member`s of `path` instead, and gives the first one's
+        path back.
+        """
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Read a package with an independent reader and compare every tensor bit for bit with its record.

@@ -19,12 +19,15 @@ class GgufOptions:
     embedding: of the token embedding, and with it of a tied head; the same choices.
     head: of the output matrix where it is a matrix of its own; the same choices.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
+    max_shard_size: split the package into NAME-00001-of-0000N.gguf of at most this size, such as 4GiB; llama.cpp loads
+    it by its first file. By default one file.
     """
 
     type: str = "q2_k"
     embedding: str = "q8_0"
     head: str = "q8_0"
     base_gguf: Path | None = None
+    max_shard_size: str | None = None
 
 
 INFO = ExporterInfo(

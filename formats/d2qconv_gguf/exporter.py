@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import parse_size
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
 from d2qconv.export.base import (
@@ -22,10 +23,11 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
+from d2qconv.export.file_set import member
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf, types, writer
+from d2qconv_gguf import GgufOptions, base_gguf, shards, types, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
 from d2qconv_gguf.metadata import (
     KV,
@@ -106,7 +108,8 @@ class GgufExporter:
             loads_in=LOADS_IN,
             n_extra_bytes=sum(e.n_bytes for e in _rope_entry(model)),
             refusals=tuple(refusals),
-            warnings=_warnings(model, layout, tensors),
+            warnings=(*_warnings(model, layout, tensors), *self._shard_warnings(tensors)),
+            is_split=self.options.max_shard_size is not None,
         )
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
@@ -126,11 +129,46 @@ class GgufExporter:
         keys = self._keys(model.desc, checkpoint, layout)
         digests = writer.digest_all(made, progress)
         keys += provenance_metadata(model.provenance, digests)
-        values = {kv.key: kv.value for kv in keys} | {"general.architecture": layout.name}
-        keys.append(KV.text(METADATA_SHA256, metadata_digest(values)))
-        size = writer.write_file(path, layout.name, keys, made, progress)
+        path, size = self._write_files(path, layout.name, keys, made, progress)
         require_same_function(path, model.desc)
         return Package(path, size, digests)
+
+    def _write_files(
+        self, path: Path, architecture: str, keys: list[KV], made: Sequence[writer.Entry], progress: Progress
+    ) -> tuple[Path, int]:
+        """One file, or several if `max_shard_size` asks for it; the first one, and the bytes of all."""
+        # As long as the digest that will stand there.
+        counted = [*keys, KV.text(METADATA_SHA256, "0" * 64)]
+        parts = shards.groups(counted, made, self._shard_limit())
+        keys += shards.split_keys(0, len(parts), len(made))
+        values = {kv.key: kv.value for kv in keys} | {"general.architecture": architecture}
+        keys.append(KV.text(METADATA_SHA256, metadata_digest(values)))
+        size, done = 0, 0
+        for number, part in enumerate(parts):
+            size += writer.write_file(
+                member(path, number + 1, len(parts)),
+                "" if number else architecture,
+                shards.split_keys(number, len(parts), len(made)) if number else keys,
+                part,
+                progress,
+                (done, len(made)),
+            )
+            done += len(part)
+        return member(path, 1, len(parts)), size
+
+    def _shard_limit(self) -> int | None:
+        """Bytes of a file at most; raises InputError for a text that is no size."""
+        asked = self.options.max_shard_size
+        return None if asked is None else parse_size(asked, "--max-shard-size")
+
+    def _shard_warnings(self, tensors: Sequence[TensorPlan]) -> list[str]:
+        """Tensors that are larger than a file should be."""
+        limit = self._shard_limit()
+        large = [t for t in tensors if limit is not None and t.n_bytes > limit]
+        return [
+            f"{t.stored_as} takes {t.n_bytes:,} bytes, more than --max-shard-size; it gets a file of its own"
+            for t in large
+        ]
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Check a written file with gguf-py and llama.cpp; see `Exporter`."""
@@ -283,7 +321,8 @@ def _facts(file: GgufFile) -> dict[str, Any]:
         "context_length": file.keys.get(f"{arch}.context_length"),
         "embedding_length": file.keys.get(f"{arch}.embedding_length"),
         "tokenizer": f"{file.keys.get('tokenizer.ggml.model', '')} {file.keys.get('tokenizer.ggml.pre', '')}".strip(),
-        "file_bytes": file.path.stat().st_size,
+        "files": len(file.files),
+        "file_bytes": file.n_bytes,
         "tensors": dict(counts),
         "bytes": dict(sizes),
         "bits_per_weight": round(bits_per_weight(list(file.tensors.values())), 4),

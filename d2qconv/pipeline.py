@@ -203,7 +203,8 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             # The others may go: what follows is one process's work, and may take long.
             team.leave()
             held = store.leaders
-            model = QuantizedModel(planned.desc, held.tensors(), _provenance(planned, tokens, spec, result))
+            about = _provenance(planned, tokens, spec, result)
+            model = QuantizedModel(planned.desc, held.tensors(), about, result.importance)
             package, checks = _package(planned, model, watch)
             held.delete()
             peaks = _largest([peaks, meter.peaks()])

@@ -21,6 +21,8 @@ class GgufOptions:
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
     max_shard_size: split the package into NAME-00001-of-0000N.gguf of at most this size, such as 4GiB; llama.cpp loads
     it by its first file. By default one file.
+    imatrix: also write what was measured as an importance matrix for llama-quantize: mean squares of the inputs that
+    the source model feeds each linear.
     """
 
     type: str = "q2_k"
@@ -28,6 +30,7 @@ class GgufOptions:
     head: str = "q8_0"
     base_gguf: Path | None = None
     max_shard_size: str | None = None
+    imatrix: Path | None = None
 
 
 INFO = ExporterInfo(

@@ -27,7 +27,7 @@ from d2qconv.export.file_set import member
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf, shards, types, writer
+from d2qconv_gguf import GgufOptions, base_gguf, imatrix, shards, types, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
 from d2qconv_gguf.metadata import (
     KV,
@@ -100,6 +100,8 @@ class GgufExporter:
         refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
         if self.options.base_gguf is not None:
             refusals += base_gguf.refusals(self.options.base_gguf, model, layout)
+        if self.options.imatrix is not None:
+            refusals += imatrix.refusals(self.options.imatrix, model)
         return TargetPlan(
             layout=layout.name,
             tensors=tuple(tensors),
@@ -131,6 +133,8 @@ class GgufExporter:
         keys += provenance_metadata(model.provenance, digests)
         path, size = self._write_files(path, layout.name, keys, made, progress)
         require_same_function(path, model.desc)
+        if self.options.imatrix is not None:
+            imatrix.write(self.options.imatrix, model)
         return Package(path, size, digests)
 
     def _write_files(

@@ -270,6 +270,8 @@ def _plan_pairs(planned: Planned) -> Iterator[tuple[str, str]]:
     yield "architecture", planned.desc.arch.id
     yield "weights", f"{planned.n_weights:,}"
     yield "mean shift", _carrier(target)
+    if target.widths:
+        yield "widths", target.widths
     yield "last pass", _last_pass(planned.last_pass)
     yield "loads in", ", ".join(target.loads_in)
     yield from _footprint_pairs(planned.footprint)
@@ -401,6 +403,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
         "carrier_note": target.carrier_note,
         "loads_in": target.loads_in,
         "warnings": target.warnings,
+        "widths": target.widths,
         "memory": footprint_facts(planned.footprint),
         "last_pass": {
             "scope": planned.last_pass.scope,

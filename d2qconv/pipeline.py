@@ -32,12 +32,15 @@ from d2qconv.export.base import (
     ExporterInfo,
     FloatType,
     Package,
+    Padder,
+    PaddingChoice,
     Progress,
     TargetPlan,
 )
 from d2qconv.export.file_set import atomic_set, check_set
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.corrections import FoldRecord
+from d2qconv.fold.padding import padded
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases
 from d2qconv.gather import Source, calibration_tokens, read_weights
@@ -84,8 +87,8 @@ class Job:
 class Planned:
     """What will be done; nothing is refused.
 
-    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation. footprint: the
-    memory that it is predicted to take.
+    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation and a padding.
+    footprint: the memory that it is predicted to take.
     """
 
     job: Job
@@ -157,9 +160,11 @@ def plan(job: Job) -> Planned:
     desc = bound if kind == "none" else rotated(bound, Rotation(kind))
     check_spec(job.calibration, desc)
     exporter = job.exporter.load(job.options)
+    choice = exporter.choose_padding(desc) if isinstance(exporter, Padder) else PaddingChoice(None)
+    desc = desc if choice.padding is None else padded(desc, choice.padding)
     target = exporter.plan(desc, job.carrier if job.recipe.dac else job.carrier or Carrier.NONE)
     source = exporter.check_source(checkpoint)
-    target = replace(target, warnings=(*target.warnings, *source.warnings))
+    target = replace(target, warnings=(*target.warnings, *source.warnings), widths=choice.note)
     budget = choose_budget(job.max_gpu_mem, job.max_host_mem, device)
     n_all = job.calibration.sequences + own_sequences(job.calibration, job.recipe, bound, device)
     seen = replace(job.calibration, sequences=n_all)
@@ -318,6 +323,7 @@ def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunS
         storage={str(t.id): t.type_name for t in planned.target.tensors},
         carrier=planned.target.carrier.value,
         device=planned.device.type,
+        padding=planned.desc.padding,
     )
 
 

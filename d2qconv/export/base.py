@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from d2qconv.errors import PluginError, Refusal
 from d2qconv.grids.base import Grid
@@ -23,7 +23,7 @@ from d2qconv.names import TensorId
 if TYPE_CHECKING:
     import torch
 
-    from d2qconv.arch.spec import ModelDesc
+    from d2qconv.arch.spec import ModelDesc, Padding
     from d2qconv.checkpoint.open import Checkpoint
     from d2qconv.ir.model import QuantizedModel
 
@@ -89,6 +89,7 @@ class TargetPlan:
     carrier: how the mean shift will be carried, and `carrier_note` by which means (`ffn_gate.bias and
     ffn_up.bias`, `… relabelled as llama`). layout: the package's own architecture label. n_extra_bytes: of what the
     package holds besides the model's own tensors (RoPE tables). is_split: it may be a set of files, see `file_set`.
+    widths: what was done about rows that do not fit the storage (`PaddingChoice.note`).
     """
 
     layout: str
@@ -100,6 +101,7 @@ class TargetPlan:
     refusals: tuple[Refusal, ...] = ()
     warnings: tuple[str, ...] = ()
     is_split: bool = False
+    widths: str = ""
 
     def storage(self, tensor: TensorId) -> Grid | FloatType:
         """Planned storage of one tensor; raises KeyError."""
@@ -114,6 +116,17 @@ class TargetPlan:
     def n_bytes(self) -> int:
         """Predicted bytes of all tensors, without metadata."""
         return sum(t.n_bytes for t in self.tensors) + self.n_extra_bytes
+
+
+@dataclass(frozen=True)
+class PaddingChoice:
+    """Whether a model is widened with zeros before it is planned: to which widths, None for not at all.
+
+    note: what was chosen and what else there was, with the sizes of both; empty where there was nothing to choose.
+    """
+
+    padding: Padding | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,14 @@ class Exporter(Protocol):
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """Facts of a package for a person: layout, sizes per type, provenance. Reads no weights."""
+
+
+@runtime_checkable
+class Padder(Protocol):
+    """An exporter whose storage may need a wider model. Optional: the pipeline asks it before `plan`."""
+
+    def choose_padding(self, model: ModelDesc) -> PaddingChoice:
+        """Decide by the options, reading no weight; `plan` is then given the widened model."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from d2qconv.export.base import ExporterInfo
 
@@ -23,6 +24,9 @@ class GgufOptions:
     it by its first file. By default one file.
     imatrix: also write what was measured as an importance matrix for llama-quantize: mean squares of the inputs that
     the source model feeds each linear.
+    pad: what to do where a row is no whole number of a type's blocks. never refuses it; always fills the hidden and
+    feed-forward sizes up with exact zeros; auto does so too, unless another type for what does not fit needs no more
+    bytes and makes less error. The plan shows both.
     """
 
     type: str = "q2_k"
@@ -31,6 +35,7 @@ class GgufOptions:
     base_gguf: Path | None = None
     max_shard_size: str | None = None
     imatrix: Path | None = None
+    pad: Literal["never", "auto", "always"] = "never"
 
 
 INFO = ExporterInfo(

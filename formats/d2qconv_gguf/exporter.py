@@ -18,16 +18,18 @@ from d2qconv.export.base import (
     Check,
     FloatType,
     Package,
+    PaddingChoice,
     Progress,
     SourceFindings,
     TargetPlan,
     TensorPlan,
+    type_name,
 )
 from d2qconv.export.file_set import member
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf, imatrix, shards, types, writer
+from d2qconv_gguf import GgufOptions, base_gguf, imatrix, shards, types, widths, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
 from d2qconv_gguf.metadata import (
     KV,
@@ -48,10 +50,12 @@ from d2qconv_gguf.names import (
     Layout,
     gguf_name,
     layout_refusals,
+    loadable,
 )
 from d2qconv_gguf.runtime import LlamaCpp
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
 from d2qconv_gguf.verify import require_same_function, verify_file
+from d2qconv_gguf.zeros import padding_keys
 
 if TYPE_CHECKING:
     from d2qconv.checkpoint.open import Checkpoint
@@ -86,18 +90,21 @@ class GgufExporter:
             why = f"not for {model.arch.id}: {NO_CARRIER[model.arch.id]}"
             refusals.append(Refusal(f"carrier {chosen}", why, f"use {' or '.join(ways)}"))
             chosen = next(iter(ways))
-        layout = ways[chosen]
+        layout = loadable(ways[chosen], model.dims)
         shapes = _shapes(model, chosen, layout)
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
         unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
+        instead = widths.substitutes(model, self._storage, self.options.pad)
         for tensor in _file_order(shapes):
-            planned = self._tensor(tensor, shapes[tensor])
+            planned = self._tensor(tensor, shapes[tensor], instead)
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
-        refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        cost = f"; {widths.cost(model, self._storage)}" if unfit and self.options.pad == "never" else ""
+        refusals += [_unfit(role, why, todo + cost, where) for (role, why, todo), where in unfit.items()]
+        refusals += widths.zero_refusals(model, {t.id: t for t in tensors})
         if self.options.base_gguf is not None:
             refusals += base_gguf.refusals(self.options.base_gguf, model, layout)
         if self.options.imatrix is not None:
@@ -113,6 +120,11 @@ class GgufExporter:
             warnings=(*_warnings(model, layout, tensors), *self._shard_warnings(tensors)),
             is_split=self.options.max_shard_size is not None,
         )
+
+    def choose_padding(self, model: ModelDesc) -> PaddingChoice:
+        """Whether this model is to be widened before it is planned; see `Padder`."""
+        decision = widths.decide(model, self._storage, self.options.pad)
+        return PaddingChoice(decision.padding, decision.note)
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
         """What of this checkpoint's tokenizer cannot be written; nothing if it comes from `base_gguf`."""
@@ -198,7 +210,7 @@ class GgufExporter:
         )
         if self.options.base_gguf is not None:
             return base_gguf.keys(self.options.base_gguf, layout, ours)
-        return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
+        return [*ours, *padding_keys(desc), *tokenizer_metadata(checkpoint, desc.dims.vocab)]
 
     def _option_refusals(self) -> list[Refusal]:
         asked = {
@@ -214,15 +226,22 @@ class GgufExporter:
             if types.storage(value) is None
         ]
 
-    def _tensor(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal | None:
-        """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
-        stored = self._storage(tensor)
-        if stored is None:
+    def _tensor(
+        self, tensor: TensorId, shape: tuple[int, ...], instead: Mapping[TensorId, types.Storage]
+    ) -> TensorPlan | Refusal | None:
+        """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already.
+
+        instead: storages of tensors that what was asked for does not fit.
+        """
+        asked = self._storage(tensor)
+        stored = instead.get(tensor, asked)
+        if stored is None or asked is None:
             return None
+        note = f"{type_name(asked)} does not fit" if stored is not asked else ""
         refusal = types.shape_refusal(str(tensor), stored, shape)
         if refusal is not None:
             return refusal
-        return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
+        return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape), note)
 
     def _storage(self, tensor: TensorId) -> Grid | FloatType | None:
         """Vectors are f32, since llama.cpp's kernels for norms and biases take nothing else."""

@@ -20,6 +20,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import ExportError, InputError, Refusal, VerifyError
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.ir.model import QuantizedModel
+from d2qconv.names import TensorId
 from d2qconv_gguf.container import read
 from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.names import gguf_name
@@ -51,6 +52,14 @@ def _is_ours(path: Path) -> bool:
     return keys.get("general.type") == "imatrix" and INPUTS in keys
 
 
+def _n_in(desc: ModelDesc, tensor: TensorId) -> int:
+    """Columns that this linear has in the source: what a padding added is left out."""
+    site = desc.arch.site(tensor.role)
+    assert site is not None, "a linear has a site"
+    assert site.n_in is not None, "and an input"
+    return (desc.unpadded or desc.dims).size(site.n_in)
+
+
 def write(path: Path, model: QuantizedModel) -> None:
     """Write the file, whole or not at all. Raises ExportError, also where a linear was never measured."""
     if not model.importance:
@@ -77,7 +86,8 @@ def write(path: Path, model: QuantizedModel) -> None:
             writer.add_key_value(kv.key, kv.value, GGUFValueType(kv.type), kv.sub_type)
         for tensor, importance in model.importance.items():
             name, n = gguf_name(tensor), importance.n_tokens
-            sums = importance.mean_squares().astype(np.float64) * n
+            n_in = _n_in(model.desc, tensor)
+            sums = importance.mean_squares()[:n_in].astype(np.float64) * n
             writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32).reshape(1, -1))
             writer.add_tensor(f"{name}.counts", np.full((1, 1), n, dtype=np.float32))
         try:

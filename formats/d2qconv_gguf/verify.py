@@ -21,6 +21,7 @@ from d2qconv_gguf.metadata import METADATA_SHA256, metadata_digest
 from d2qconv_gguf.reader import layout_of, model_of
 from d2qconv_gguf.runtime import LlamaCpp, is_installed
 from d2qconv_gguf.shards import SPLIT_KEYS
+from d2qconv_gguf.zeros import padding_check
 
 N_SEQUENCES = 4
 N_TOKENS = 64
@@ -53,6 +54,8 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     checks = [_record_check(file, progress), _metadata_check(file)]
     model = model_of(file)
     checks += [_structure_check(file, model)]
+    padding = padding_check(file, model)
+    checks += [] if padding is None else [padding]
     if not all(c.is_passed for c in checks):
         return checks
     if not is_installed():

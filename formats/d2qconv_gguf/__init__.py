@@ -26,7 +26,7 @@ class GgufOptions:
     the source model feeds each linear.
     pad: what to do where a row is no whole number of a type's blocks. never refuses it; always fills the hidden and
     feed-forward sizes up with exact zeros; auto does so too, unless another type for what does not fit needs no more
-    bytes and makes less error. The plan shows both.
+    bytes and makes no more error than these are worth. The plan shows both.
     """
 
     type: str = "q2_k"

@@ -44,6 +44,10 @@ class Storages:
     n_bytes: int
     error: float
 
+    def merit(self, n_weights: int) -> float:
+        """Bits that a weight takes, and those that the error is worth: one more bit makes a fourth of it."""
+        return 8 * self.n_bytes / n_weights + math.log(max(self.error, 1e-12), 4)
+
     @property
     def numbers(self) -> str:
         """`89.7 MB, error 0.075`."""
@@ -66,7 +70,7 @@ def decide(model: ModelDesc, asked: Asked, mode: Mode) -> Decision:
     """How that model is stored. Reads no weight.
 
     `always`: padded to the blocks of the types asked for. `auto`: the same, unless one other type for what does not fit
-    needs no more bytes and makes less error.
+    needs no more bytes and makes less error, or not more than the bytes saved are worth (`Storages.merit`).
     """
     if mode == "never" or not _unfit(model, asked):
         return Decision(None, {})
@@ -84,7 +88,8 @@ def decide(model: ModelDesc, asked: Asked, mode: Mode) -> Decision:
     if shown is not None:
         other = f"{_names(plain, shown)} where {_asked_names(model, asked)} does not fit: {shown.numbers}"
     whole = f"padded ({fold.describe(model, padding)}): {wide.numbers}"
-    if mode == "auto" and best is not None and best.error <= wide.error:
+    n_weights = model.n_weights
+    if mode == "auto" and best is not None and best.merit(n_weights) <= wide.merit(n_weights):
         instead = {t: best.types[t] for t in _unfit(model, asked)}
         return Decision(None, instead, f"not padded, {other}; {whole}")
     why = "" if best is not None or mode == "always" else ", more than that"

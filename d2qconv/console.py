@@ -282,6 +282,8 @@ def _plan_pairs(planned: Planned) -> Iterator[tuple[str, str]]:
     yield "architecture", planned.desc.arch.id
     yield "weights", f"{planned.n_weights:,}"
     yield "mean shift", _carrier(target)
+    if target.widths:
+        yield "widths", target.widths
     yield "last pass", _last_pass(planned.last_pass)
     if planned.allocation is not None:
         yield from allocation_view.pairs(planned.allocation, target.n_bytes)
@@ -417,6 +419,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
         "carrier_note": target.carrier_note,
         "loads_in": target.loads_in,
         "warnings": target.warnings,
+        "widths": target.widths,
         "memory": footprint_facts(planned.footprint),
         "allocation": None if planned.allocation is None else allocation_view.facts(planned.allocation),
         "last_pass": {

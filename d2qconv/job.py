@@ -44,9 +44,10 @@ class Job:
 class Planned:
     """What will be done; nothing is refused.
 
-    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation. footprint: the
-    memory that it is predicted to take. candidates: what types are to be chosen from, if they are; until `allocate` has
-    made the allocation, `target` has the smallest of them. content: digest of the weights, empty if not read yet.
+    source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation and a padding.
+    footprint: the memory that it is predicted to take. candidates: what types are to be chosen from, if they are; until
+    `allocate` has made the allocation, `target` has the smallest of them. content: digest of the weights, empty if not
+    read yet.
     """
 
     job: Job

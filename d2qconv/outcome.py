@@ -22,11 +22,12 @@ from d2qconv.walk.rounding import TensorError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done, in numbers. kld, perplexities and same_top: on the held-out sequences, by the float reference.
+    """What was done, in numbers.
 
-    peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words, empty if there was none;
-    kld_unrefined: before it, where it changed the whole model. allocation: the choice of types, where one was made; its
-    `kld` is what was predicted.
+    path: the package, its first file if there are several. kld, perplexities and same_top: on the held-out sequences,
+    by the float reference. peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words,
+    empty if there was none; kld_unrefined: before it, where it changed the whole model. allocation: the choice of
+    types, where one was made; its `kld` is what was predicted.
     """
 
     path: Path
@@ -62,7 +63,7 @@ def outcome_of(
     """The numbers of a conversion that is done."""
     judged = result.divergence
     return Outcome(
-        path=planned.job.output,
+        path=package.path,
         n_bytes=package.n_bytes,
         bits_per_weight=planned.bits_per_weight,
         kld=judged.mean_kl,

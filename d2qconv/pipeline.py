@@ -32,9 +32,13 @@ from d2qconv.export.base import (
     Check,
     FloatType,
     Package,
+    Padder,
+    PaddingChoice,
     Progress,
 )
+from d2qconv.export.file_set import atomic_set, check_set
 from d2qconv.export.package import atomic_output, check_output
+from d2qconv.fold.padding import padded
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.gather import Source, calibration_tokens, read_weights
 from d2qconv.grids.base import Grid
@@ -74,9 +78,11 @@ def plan(job: Job) -> Planned:
     desc = bound if kind == "none" else rotated(bound, Rotation(kind))
     check_spec(job.calibration, desc)
     exporter = job.exporter.load(job.options)
+    choice = exporter.choose_padding(desc) if isinstance(exporter, Padder) else PaddingChoice(None)
+    desc = desc if choice.padding is None else padded(desc, choice.padding)
     target = exporter.plan(desc, _carrier(job))
     source = exporter.check_source(checkpoint)
-    target = replace(target, warnings=(*target.warnings, *source.warnings))
+    target = replace(target, warnings=(*target.warnings, *source.warnings), widths=choice.note)
     budget = choose_budget(job.max_gpu_mem, job.max_host_mem, device)
     n_all = job.calibration.sequences + own_sequences(job.calibration, job.recipe, bound, device)
     seen = replace(job.calibration, sequences=n_all)
@@ -188,7 +194,8 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             # The others may go: what follows is one process's work, and may take long.
             team.leave()
             held = store.leaders
-            model = QuantizedModel(planned.desc, held.tensors(), provenance(planned, tokens, spec, result))
+            about = provenance(planned, tokens, spec, result)
+            model = QuantizedModel(planned.desc, held.tensors(), about, result.importance)
             package, checks = _package(planned, model, watch)
             held.delete()
             peaks = _largest([peaks, meter.peaks()])
@@ -197,7 +204,8 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
 
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
-    check_output(planned.job.output, planned.job.overwrite, planned.most_bytes)
+    check = check_set if planned.target.is_split else check_output
+    check(planned.job.output, planned.job.overwrite, planned.most_bytes)
     _check_work_dir(planned)
     return planned.content or read_weights(_source(planned), watch)
 
@@ -220,13 +228,15 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
 def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Package, Sequence[Check]]:
     """Write the package beside its name and verify it there; only then it takes its name."""
     job, n_tensors = planned.job, len(planned.target.tensors)
-    with atomic_output(job.output, overwrite=job.overwrite) as path:
+    place = atomic_set if planned.target.is_split else atomic_output
+    with place(job.output, overwrite=job.overwrite) as path:
         watch.stage("write", 2 * n_tensors)
         package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))
         watch.stage("verify", n_tensors)
-        checks = planned.exporter.verify(path, _steps(watch))
+        checks = planned.exporter.verify(package.path, _steps(watch))
         _require_passed(checks)
-    return package, checks
+    name = package.path.name if planned.target.is_split else job.output.name
+    return replace(package, path=job.output.with_name(name)), checks
 
 
 def n_held_out(calibration: CalibrationSpec) -> int:
@@ -266,6 +276,7 @@ def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunS
         storage={str(t.id): t.type_name for t in planned.target.tensors},
         carrier=planned.target.carrier.value,
         device=planned.device.type,
+        padding=planned.desc.padding,
     )
 
 

@@ -89,7 +89,7 @@ class RunSpec(msgspec.Struct, frozen=True):
 
     torch: its version. exporter: its name. model: digest of the config and of every weight. storage: planned type per
     tensor id. tokens: digest of the calibration. last_pass: its scope; the recipe says the steps that are taken.
-    device: its type, since CPU and CUDA round differently.
+    device: its type, since CPU and CUDA round differently. padding: widths that were filled up with zeros.
     """
 
     version: str
@@ -103,6 +103,7 @@ class RunSpec(msgspec.Struct, frozen=True):
     carrier: str
     last_pass: str
     device: str
+    padding: str = ""
 
     def fingerprint(self) -> str:
         """SHA-256 of the spec's canonical JSON, hex."""

@@ -40,6 +40,11 @@ class Dims:
     n_kv_heads: int
     head: int
 
+    @property
+    def n_embedding(self) -> int:
+        """Weights of the embedding."""
+        return self.vocab * self.hidden
+
     def size(self, dim: Dim) -> int:
         """Length of one dimension."""
         match dim:
@@ -164,13 +169,22 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Widths that a model is widened to with zeros: of the residual stream, and inside the feed-forward layers."""
+
+    hidden: int
+    ffn: int
+
+
+@dataclass(frozen=True)
 class ModelDesc:
     """A checkpoint bound to its architecture: everything that planning and the forward pass need.
 
     tensors: every tensor of the model, lazily; a tied head is absent (`is_tied`). bos/eos: as in the config.
     rotation: how the residual stream was turned (`hadamard 128, seed 0`), empty if it is the checkpoint's; an
     exporter that cannot take such a model refuses it. is_untied: the checkpoint's head is tied and the rotation gave
-    it a matrix of its own.
+    it a matrix of its own. padding: which widths were filled up with zeros (`hidden 576 → 768`), empty if none was;
+    unpadded: the checkpoint's sizes then. n_zeros: elements of tensors that this added.
     """
 
     arch: Architecture
@@ -184,9 +198,15 @@ class ModelDesc:
     tensors: Mapping[TensorId, Dense]
     rotation: str = ""
     is_untied: bool = False
+    padding: str = ""
+    unpadded: Dims | None = None
+    n_zeros: int = 0
 
     @property
     def n_weights(self) -> int:
-        """Number of weights in the checkpoint; a tied head counts once, also after a rotation untied it."""
-        untied = TensorId(Role.HEAD) if self.is_untied else None
-        return sum(d.n_elements for tensor, d in self.tensors.items() if tensor != untied)
+        """Number of weights in the checkpoint; a tied head counts once, also after a rotation untied it.
+
+        Zeros of a padding do not count.
+        """
+        n = sum(d.n_elements for d in self.tensors.values()) - self.n_zeros
+        return n - (self.dims if self.unpadded is None else self.unpadded).n_embedding * self.is_untied

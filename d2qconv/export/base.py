@@ -24,7 +24,7 @@ from d2qconv.names import TensorId
 if TYPE_CHECKING:
     import torch
 
-    from d2qconv.arch.spec import ModelDesc
+    from d2qconv.arch.spec import ModelDesc, Padding
     from d2qconv.checkpoint.open import Checkpoint
     from d2qconv.ir.model import QuantizedModel
 
@@ -89,7 +89,8 @@ class TargetPlan:
 
     carrier: how the mean shift will be carried, and `carrier_note` by which means (`ffn_gate.bias and
     ffn_up.bias`, `… relabelled as llama`). layout: the package's own architecture label. n_extra_bytes: of what the
-    package holds besides the model's own tensors (RoPE tables).
+    package holds besides the model's own tensors (RoPE tables). is_split: it may be a set of files, see `file_set`.
+    widths: what was done about rows that do not fit the storage (`PaddingChoice.note`).
     """
 
     layout: str
@@ -100,6 +101,8 @@ class TargetPlan:
     n_extra_bytes: int = 0
     refusals: tuple[Refusal, ...] = ()
     warnings: tuple[str, ...] = ()
+    is_split: bool = False
+    widths: str = ""
 
     def storage(self, tensor: TensorId) -> Grid | FloatType:
         """Planned storage of one tensor; raises KeyError."""
@@ -140,6 +143,17 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class PaddingChoice:
+    """Whether a model is widened with zeros before it is planned: to which widths, None for not at all.
+
+    note: what was chosen and what else there was, with the sizes of both; empty where there was nothing to choose.
+    """
+
+    padding: Padding | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that `verify` established. detail: with the number that shows it.
 
@@ -162,7 +176,11 @@ class SourceFindings:
 
 @dataclass(frozen=True)
 class Package:
-    """What was written. decoded_sha256: per stored name, the digest of the tensor's decoded f32 values."""
+    """What was written.
+
+    path: the first file, if there are several. n_bytes: of all of them. decoded_sha256: per stored name, the digest of
+    the tensor's decoded f32 values.
+    """
 
     path: Path
     n_bytes: int
@@ -192,7 +210,11 @@ class Exporter(Protocol):
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
     ) -> Package:
-        """Write the package to `path`, which the caller has made a temporary name; raises ExportError."""
+        """Write the package to `path`, which the caller has made a temporary name; raises ExportError.
+
+        Where the plan says `is_split` it may write the `file_set.member`s of `path` instead, and gives the first one's
+        path back.
+        """
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Read a package with an independent reader and compare every tensor bit for bit with its record.
@@ -222,6 +244,14 @@ class Allocating(Protocol):
         self, model: ModelDesc, carrier: Carrier | None, chosen: Mapping[TensorId, Grid | FloatType]
     ) -> TargetPlan:
         """As `plan`, with these storages."""
+
+
+@runtime_checkable
+class Padder(Protocol):
+    """An exporter whose storage may need a wider model. Optional: the pipeline asks it before `plan`."""
+
+    def choose_padding(self, model: ModelDesc) -> PaddingChoice:
+        """Decide by the options, reading no weight; `plan` is then given the widened model."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A package is written beside its final name as `.NAME.HOST-PID.partial`, flushed to the disk, and renamed. Whatever
 stops the writer, the file that was there before stays as it was. A partial file that a killed run left behind is
-removed by the next run on the same host.
+removed by the next run on the same host. Packages of several files: `file_set`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _probe(path: Path, overwrite: bool) -> int:
         raise InputError(
             "the output's folder does not exist", where=str(folder), todo="make the folder first"
         )
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=_partial(final).name + "."):
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=partial_name(final).name + "."):
         return shutil.disk_usage(folder).free
 
 
@@ -71,8 +71,8 @@ def atomic_output(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path, overwrite)
     final = path.resolve()
-    _remove_stale(final)
-    partial = _partial(final)
+    remove_stale(final)
+    partial = partial_name(final)
     try:
         yield partial
         _publish(partial, final, overwrite)
@@ -106,10 +106,10 @@ def _publish(partial: Path, final: Path, overwrite: bool) -> None:
         except OSError:
             # No hard links on this file system (FAT, some network mounts).
             partial.replace(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -122,17 +122,21 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
 
 
-def _partial(final: Path) -> Path:
+def partial_name(final: Path) -> Path:
+    """What is written until it takes the name `final`: a file, or the folder of a set."""
     return final.with_name(f".{final.name}.{_host()}-{os.getpid()}.partial")
 
 
-def _remove_stale(final: Path) -> None:
+def remove_stale(final: Path) -> None:
     """Remove partial files of this output whose process, on this host, is gone."""
     pattern = re.compile(re.escape(f".{final.name}.{_host()}-") + r"(\d+)\.partial")
     for sibling in final.parent.iterdir():
         match = pattern.fullmatch(sibling.name)
         if match and not _is_alive(int(match[1])):
-            sibling.unlink(missing_ok=True)
+            if sibling.is_dir():
+                shutil.rmtree(sibling, ignore_errors=True)
+            else:
+                sibling.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.ir.coded import Coded
+from d2qconv.ir.importance import Importance
 from d2qconv.names import TensorId
 
 #: A tensor as it goes into the package: codes on a grid, or a float tensor already in its final values.
@@ -36,9 +37,10 @@ class QuantizedModel:
     """A whole model, folds done, in the checkpoint's row order.
 
     tensors: every tensor the package must hold, loaded or decoded one at a time; biases that a fold created are
-    among them, a tied head is not.
+    among them, a tied head is not. importance: per linear that was calibrated, the size of its inputs.
     """
 
     desc: ModelDesc
     tensors: Mapping[TensorId, Stored]
     provenance: Provenance
+    importance: Mapping[TensorId, Importance] = field(default_factory=dict)

@@ -160,7 +160,10 @@ class TrainedMatrix:
 
 @dataclass(frozen=True)
 class TrainedBias:
-    """One bias. bias: f32[n_out]; addend: f32[n_out], a leaf, in units of the bias's root mean square."""
+    """One bias. bias: f32[n_out]; addend: f32[n_out], a leaf, in units of the bias's root mean square.
+
+    An element that is exactly 0 stays so: the new channels of a padded model must.
+    """
 
     bias: Tensor
     addend: Tensor
@@ -173,7 +176,7 @@ class TrainedBias:
     def value(self) -> Tensor:
         """f32[n_out], with a gradient if that is on."""
         bias = self.bias.float()
-        return bias + bias.square().mean().sqrt() * self.addend
+        return bias + bias.square().mean().sqrt() * self.addend * (bias != 0)
 
     def stored(self) -> Tensor:
         """The value in the bias's own dtype."""

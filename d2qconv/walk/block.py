@@ -25,6 +25,7 @@ from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases, Sh
 from d2qconv.grids.base import Grid
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.ir.coded import Coded, Held, decoded
+from d2qconv.ir.importance import Importance
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.quant.dac import ShiftAccumulator
 from d2qconv.quant.dsq import ColumnScaled, split
@@ -43,6 +44,7 @@ class BlockNotes(msgspec.Struct):
     errors: list[TensorError] = []
     folds: list[FoldRecord] = []
     refined: RefineNotes | None = None
+    importance: list[Importance] = []
 
 
 @dataclass
@@ -70,8 +72,10 @@ class BlockWalk:
             lambda x: student.mix(student.attention_input(x)),
             lambda x: teacher.mix(teacher.attention_input(x)),
         )
+        self._note_importance((Role.O,), statistics, stream)
         self._linears((Role.O,), statistics, self._tied_to_values(statistics))
         statistics, shift = self._attend(stream)
+        self._note_importance((Role.GATE, Role.UP), statistics, stream)
         if shift is not None:
             statistics = self._carry(shift, statistics)
         gate_up = (Role.GATE, Role.UP)
@@ -79,6 +83,7 @@ class BlockWalk:
         statistics = stream.measure(
             lambda r: student.gated(student.ffn_input(r)), lambda r: teacher.gated(teacher.ffn_input(r))
         )
+        self._note_importance((Role.DOWN,), statistics, stream)
         self._down(statistics)
         del statistics
         norms = {role: w for role, w in student.weights.items() if w.dim() == 1}
@@ -91,6 +96,7 @@ class BlockWalk:
         student, teacher = self.student, self.teacher
         statistics = stream.measure(student.attention_input, teacher.attention_input)
         qkv = (Role.Q, Role.K, Role.V)
+        self._note_importance(qkv, statistics, stream)
         scale = self._into_gain(qkv, Role.ATTN_NORM, statistics)
         if not self.rounder.recipe.attention_weights:
             self._linears(qkv, statistics, scale)
@@ -284,6 +290,10 @@ class BlockWalk:
 
     def _note_error(self, role: Role, w: Tensor, got: Tensor, statistics: InputStatistics) -> None:
         self.notes.errors.append(error_of(str(self._id(role)), w, got, statistics))
+
+    def _note_importance(self, roles: tuple[Role, ...], statistics: InputStatistics, stream: Stream) -> None:
+        """Kept with the block, so that a resumed run has it too."""
+        self.notes.importance.append(statistics.importance(roles, stream.x.shape[1]))
 
     def _id(self, role: Role) -> TensorId:
         return TensorId(role, self.index)

@@ -25,6 +25,7 @@ from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rules import ShiftIntoWeights
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.ir.coded import Held, decoded
+from d2qconv.ir.importance import Importance
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.precision import tensor_cores
 from d2qconv.progress import Watch
@@ -50,7 +51,8 @@ class WalkResult:
     """What the walk measured. The tensors are in the store.
 
     divergence: of the finished model; unrefined: before the last pass, None if there was none or it changed nothing.
-    refined: what the last pass over the whole model says; of one block by block the notes are in `blocks`.
+    importance: of every linear that was calibrated. refined: what the last pass over the whole model says; of one
+    block by block the notes are in `blocks`.
     """
 
     divergence: Divergence
@@ -59,6 +61,7 @@ class WalkResult:
     unrefined: Divergence | None = None
     refined: RefineNotes | None = None
     blocks: Sequence[RefineNotes] = ()
+    importance: Mapping[TensorId, Importance] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Walk:
         self.watch.stage("quantize", n_layers + 1)
         notes = BlockNotes()
         refined: list[RefineNotes] = []
+        importance: dict[TensorId, Importance] = {}
         with tensor_cores(), _Files(self.desc, self.store) as files:
             files.read_ahead(0)
             stream, judged = self._streams()
@@ -94,6 +98,7 @@ class Walk:
                 block, about = self._block(index, teacher, stream, files)
                 notes.errors += about.errors
                 notes.folds += about.folds
+                importance |= _by_tensor(about.importance, index)
                 refined += [] if about.refined is None else [about.refined]
                 judged.advance(block, teacher)
                 if self.team.total(not stream.x.is_finite()):
@@ -102,11 +107,12 @@ class Walk:
             self.watch.step(n_layers, "output")
             files.wait()
             self._output(stream, notes)
+            importance |= _by_tensor(notes.importance, None)
             if self.last_pass.scope != "model":
                 stream.close()
             divergence = self._compare(judged)
             self.watch.step(n_layers + 1, "output")
-            result = WalkResult(divergence, notes.errors, notes.folds, blocks=refined)
+            result = WalkResult(divergence, notes.errors, notes.folds, blocks=refined, importance=importance)
             if self.last_pass.scope == "model":
                 result = self._refined(result, stream, judged)
             stream.close()
@@ -291,6 +297,7 @@ class Walk:
             if not self.desc.is_tied:
                 statistics = stream.measure(final_norm, final_norm)
                 w = source = self._source(head)
+                about.importance.append(statistics.importance((Role.HEAD,), stream.x.shape[1]))
                 if self.rounder.recipe.dac_final and statistics.source_mean is not None:
                     rule = ShiftIntoWeights()
                     mu = statistics.source_mean - statistics.mean
@@ -311,6 +318,7 @@ class Walk:
         about = self.store.notes(OUTPUT, BlockNotes)
         notes.errors += about.errors
         notes.folds += about.folds
+        notes.importance += about.importance
 
     def _compare(self, judged: Stream, *, is_refined: bool = False) -> Divergence:
         """Next-token distributions at every position of the held-out sequences, some hundred at a time."""
@@ -383,6 +391,10 @@ class _Files:
             with timed("disk"):
                 self._writing.result()
             self._writing = None
+
+
+def _by_tensor(found: Sequence[Importance], block: int | None) -> dict[TensorId, Importance]:
+    return {TensorId(role, block): some for some in found for role in some.roles}
 
 
 def _same(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from d2qconv.export.base import ExporterInfo
 
@@ -30,6 +31,13 @@ class GgufOptions:
     candidates: types that size and bpw choose from, such as q2_k,q3_k,q6_k. By default every quantized type that fits
         a matrix, but those without a fast kernel on x86 CPUs.
     base_gguf: take metadata and tokenizer from this GGUF, made from the same checkpoint by llama.cpp's converter.
+    max_shard_size: split the package into NAME-00001-of-0000N.gguf of at most this size, such as 4GiB; llama.cpp loads
+    it by its first file. By default one file.
+    imatrix: also write what was measured as an importance matrix for llama-quantize: mean squares of the inputs that
+    the source model feeds each linear.
+    pad: what to do where a row is no whole number of a type's blocks. never refuses it; always fills the hidden and
+    feed-forward sizes up with exact zeros; auto does so too, unless another type for what does not fit needs no more
+    bytes and makes no more error than these are worth. The plan shows both.
     """
 
     type: str | None = None
@@ -41,6 +49,9 @@ class GgufOptions:
     bpw: float | None = None
     candidates: str | None = None
     base_gguf: Path | None = None
+    max_shard_size: str | None = None
+    imatrix: Path | None = None
+    pad: Literal["never", "auto", "always"] = "never"
 
 
 INFO = ExporterInfo(

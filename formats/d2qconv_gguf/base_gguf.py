@@ -50,11 +50,14 @@ def keys(path: Path, layout: Layout, ours: Sequence[KV]) -> list[KV]:
 def refusals(path: Path, model: ModelDesc, layout: Layout) -> list[Refusal]:
     """Why that base is not this model's; reads all weights of both, tensor by tensor.
 
-    A rotated model is refused unread: its weights are not those of a file made from the checkpoint.
+    A rotated or padded model is refused unread: its weights are not those of a file made from the checkpoint.
     """
     if model.rotation:
         why = "its weights are compared with the checkpoint's, and a rotation changes nearly all of them"
         return [Refusal("base-gguf with a rotation", why, "leave out --base-gguf or the rotation")]
+    if model.unpadded is not None:
+        why = "its weights are compared with the checkpoint's, and a padded model has wider ones"
+        return [Refusal("base-gguf with a padding", why, "leave out --base-gguf or the padding")]
     try:
         file = _open(path)
         base_layout = LAYOUTS.get(file.architecture)

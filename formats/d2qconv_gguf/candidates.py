@@ -48,6 +48,9 @@ def refusals(options: GgufOptions) -> Iterator[Refusal]:
         if getattr(options, name) is not None:
             todo = "leave out one of them; --tensor-type, --embedding and --head may stay"
             yield Refusal(where, f"it chooses the types, and --{name} does too", todo)
+    if options.pad != "never":
+        why = "it chooses among the types that fit the widths there are, and --pad changes these"
+        yield Refusal(where, why, "leave out one of them")
     if options.size is not None and options.bpw is not None:
         yield Refusal(where, "--bpw says how large the file becomes, too", "leave out one of them")
     elif options.bpw is not None and not 0 < options.bpw < math.inf:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, Keys
 from gguf.quants import dequantize
 
 from d2qconv.errors import InputError, VerifyError
 from d2qconv_gguf.ggml_types import DECODERS, SIZES, GgmlType, NewerType, type_of
 
 _T = TypeVar("_T", int, float, str, bool)
+
+#: Keys of a package of several files, see `shards`.
+SPLIT_NO = Keys.Split.LLM_KV_SPLIT_NO
+SPLIT_COUNT = Keys.Split.LLM_KV_SPLIT_COUNT
+SPLIT_TENSORS = Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -56,6 +62,7 @@ class StoredTensor:
         for piece in self.pieces():
             values[at : at + piece.size] = piece
             at += piece.size
+        self._release()
         return values.reshape(self.shape)
 
     def pieces(self) -> Iterator[np.ndarray]:
@@ -71,7 +78,22 @@ class StoredTensor:
         sha = hashlib.sha256()
         for piece in self.pieces():
             sha.update(np.ascontiguousarray(piece, dtype="<f4").data)
+        self._release()
         return sha.hexdigest()
+
+    def _release(self) -> None:
+        """Give the file's pages in memory back, so that a large file does not fill it; they are read again on use."""
+        owner: object = self.data
+        while isinstance(owner, np.ndarray):
+            mapped, owner = owner, owner.base
+        if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not self.data.nbytes:
+            return
+        start = self.data.ctypes.data - mapped.ctypes.data
+        # Whole pages of this tensor: those at its ends are its neighbours' too.
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (start + self.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            owner.madvise(mmap.MADV_DONTNEED, first, length)
 
     def _decode(self, data: np.ndarray) -> np.ndarray:
         if isinstance(self.type, NewerType):
@@ -86,7 +108,8 @@ class StoredTensor:
 class GgufFile:
     """Metadata and tensors of one file. keys: values as Python has them; types: `UINT32`, `ARRAY/STRING`, ….
 
-    n_spare: bytes behind the last tensor.
+    n_spare: bytes behind the last tensor. others: the further files of a split package, each with its own keys;
+    their tensors are among `tensors`.
     """
 
     path: Path
@@ -94,6 +117,17 @@ class GgufFile:
     types: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, StoredTensor]
     n_spare: int
+    others: tuple[GgufFile, ...] = ()
+
+    @property
+    def files(self) -> tuple[GgufFile, ...]:
+        """All files of the package, this one first."""
+        return (self, *self.others)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.path.stat().st_size for file in self.files)
 
     @property
     def architecture(self) -> str:
@@ -120,11 +154,48 @@ class GgufFile:
 
 
 def read(path: Path) -> GgufFile:
-    """Open a GGUF.
+    """Open a GGUF, and with the first file of a split one all others.
 
     Raises InputError for a file that cannot be read or is none at all, VerifyError for one that is not whole,
-    well-formed and little-endian.
+    well-formed and little-endian, and for a set that is not whole or not named as llama.cpp looks for it.
     """
+    first = _read_one(path)
+    n_files = first.get(SPLIT_COUNT, int) or 1
+    if n_files == 1:
+        return first
+    number = first.get(SPLIT_NO, int)
+    match = re.fullmatch(r"(.+)-00001-of-(\d{5})(\.[^.]*)?", path.name)
+    if number != 0:
+        raise VerifyError(
+            f"is file {(number or 0) + 1} of {n_files}",
+            where=str(path),
+            todo="name the first one, …-00001-of-….gguf",
+        )
+    if match is None or int(match[2]) != n_files:
+        raise VerifyError(
+            f"is the first of {n_files} files, and its name does not say so",
+            where=str(path),
+            todo=f"name it …-00001-of-{n_files:05d}.gguf: llama.cpp finds the others by the name",
+        )
+    others = []
+    for n in range(1, n_files):
+        other = _read_one(path.with_name(f"{match[1]}-{n + 1:05d}-of-{n_files:05d}{match[3] or ''}"))
+        if (other.get(SPLIT_NO, int), other.get(SPLIT_COUNT, int)) != (n, n_files):
+            raise VerifyError(f"does not say that it is file {n + 1} of {n_files}", where=str(other.path))
+        others.append(other)
+    tensors = {name: t for file in (first, *others) for name, t in file.tensors.items()}
+    n_tensors = sum(len(file.tensors) for file in (first, *others))
+    if not len(tensors) == n_tensors == first.get(SPLIT_TENSORS, int):
+        raise VerifyError(
+            f"the {n_files} files hold {n_tensors} tensors, {len(tensors)} names; the first one announces "
+            f"{first.get(SPLIT_TENSORS, int)}",
+            where=str(path),
+        )
+    return replace(first, tensors=tensors, others=tuple(others))
+
+
+def _read_one(path: Path) -> GgufFile:
+    """One file, whatever it is a part of."""
     try:
         with path.open("rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:

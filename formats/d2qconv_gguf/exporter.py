@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import parse_size
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
 from d2qconv.export.base import (
@@ -20,14 +22,17 @@ from d2qconv.export.base import (
     FloatType,
     Option,
     Package,
+    PaddingChoice,
     Progress,
     SourceFindings,
     TargetPlan,
     TensorPlan,
+    type_name,
 )
+from d2qconv.export.file_set import member
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf, candidates, types, writer
+from d2qconv_gguf import GgufOptions, base_gguf, candidates, imatrix, shards, types, widths, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
 from d2qconv_gguf.metadata import (
     KV,
@@ -48,11 +53,13 @@ from d2qconv_gguf.names import (
     Layout,
     gguf_name,
     layout_refusals,
+    loadable,
 )
 from d2qconv_gguf.runtime import LlamaCpp
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
 from d2qconv_gguf.type_map import TypeMap
 from d2qconv_gguf.verify import require_same_function, verify_file
+from d2qconv_gguf.zeros import padding_keys
 
 if TYPE_CHECKING:
     from d2qconv.checkpoint.open import Checkpoint
@@ -111,7 +118,7 @@ class GgufExporter:
             why = f"not for {model.arch.id}: {NO_CARRIER[model.arch.id]}"
             refusals.append(Refusal(f"carrier {chosen}", why, f"use {' or '.join(ways)}"))
             chosen = next(iter(ways))
-        layout = ways[chosen]
+        layout = loadable(ways[chosen], model.dims)
         type_map = TypeMap(self.options, model, layout.name)
         refusals += type_map.refusals()
         if wanted is None and candidates.is_asked(self.options):
@@ -123,14 +130,20 @@ class GgufExporter:
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
         unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
+        asked = partial(_storage, type_map=type_map)
+        instead = widths.substitutes(model, asked, self.options.pad)
         for tensor in _file_order(shapes):
-            planned = _tensor(tensor, shapes[tensor], type_map)
+            planned = _tensor(tensor, shapes[tensor], asked, instead)
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
-        refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        cost = f"; {widths.cost(model, asked)}" if unfit and self.options.pad == "never" else ""
+        refusals += [_unfit(role, why, todo + cost, where) for (role, why, todo), where in unfit.items()]
+        refusals += widths.zero_refusals(model, {t.id: t for t in tensors})
         if self.options.base_gguf is not None:
             refusals += base_gguf.refusals(self.options.base_gguf, model, layout)
+        if self.options.imatrix is not None:
+            refusals += imatrix.refusals(self.options.imatrix, model)
         return TargetPlan(
             layout=layout.name,
             tensors=tuple(tensors),
@@ -139,8 +152,15 @@ class GgufExporter:
             loads_in=LOADS_IN,
             n_extra_bytes=sum(e.n_bytes for e in _rope_entry(model)),
             refusals=tuple(refusals),
-            warnings=_warnings(model, layout, tensors),
+            warnings=(*_warnings(model, layout, tensors), *self._shard_warnings(tensors)),
+            is_split=self.options.max_shard_size is not None,
         )
+
+    def choose_padding(self, model: ModelDesc) -> PaddingChoice:
+        """Whether this model is to be widened before it is planned; see `Padder`."""
+        type_map = TypeMap(self.options, model, model.arch.id)
+        decision = widths.decide(model, partial(_storage, type_map=type_map), self.options.pad)
+        return PaddingChoice(decision.padding, decision.note)
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
         """What of this checkpoint's tokenizer cannot be written; nothing if it comes from `base_gguf`."""
@@ -160,11 +180,48 @@ class GgufExporter:
         keys = self._keys(model.desc, checkpoint, layout, file_type)
         digests = writer.digest_all(made, progress)
         keys += provenance_metadata(model.provenance, digests)
-        values = {kv.key: kv.value for kv in keys} | {"general.architecture": layout.name}
-        keys.append(KV.text(METADATA_SHA256, metadata_digest(values)))
-        size = writer.write_file(path, layout.name, keys, made, progress)
+        path, size = self._write_files(path, layout.name, keys, made, progress)
         require_same_function(path, model.desc)
+        if self.options.imatrix is not None:
+            imatrix.write(self.options.imatrix, model)
         return Package(path, size, digests)
+
+    def _write_files(
+        self, path: Path, architecture: str, keys: list[KV], made: Sequence[writer.Entry], progress: Progress
+    ) -> tuple[Path, int]:
+        """One file, or several if `max_shard_size` asks for it; the first one, and the bytes of all."""
+        # As long as the digest that will stand there.
+        counted = [*keys, KV.text(METADATA_SHA256, "0" * 64)]
+        parts = shards.groups(counted, made, self._shard_limit())
+        keys += shards.split_keys(0, len(parts), len(made))
+        values = {kv.key: kv.value for kv in keys} | {"general.architecture": architecture}
+        keys.append(KV.text(METADATA_SHA256, metadata_digest(values)))
+        size, done = 0, 0
+        for number, part in enumerate(parts):
+            size += writer.write_file(
+                member(path, number + 1, len(parts)),
+                "" if number else architecture,
+                shards.split_keys(number, len(parts), len(made)) if number else keys,
+                part,
+                progress,
+                (done, len(made)),
+            )
+            done += len(part)
+        return member(path, 1, len(parts)), size
+
+    def _shard_limit(self) -> int | None:
+        """Bytes of a file at most; raises InputError for a text that is no size."""
+        asked = self.options.max_shard_size
+        return None if asked is None else parse_size(asked, "--max-shard-size")
+
+    def _shard_warnings(self, tensors: Sequence[TensorPlan]) -> list[str]:
+        """Tensors that are larger than a file should be."""
+        limit = self._shard_limit()
+        large = [t for t in tensors if limit is not None and t.n_bytes > limit]
+        return [
+            f"{t.stored_as} takes {t.n_bytes:,} bytes, more than --max-shard-size; it gets a file of its own"
+            for t in large
+        ]
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Check a written file with gguf-py and llama.cpp; see `Exporter`."""
@@ -189,7 +246,7 @@ class GgufExporter:
         )
         if self.options.base_gguf is not None:
             return base_gguf.keys(self.options.base_gguf, layout, ours)
-        return [*ours, *tokenizer_metadata(checkpoint, desc.dims.vocab)]
+        return [*ours, *padding_keys(desc), *tokenizer_metadata(checkpoint, desc.dims.vocab)]
 
 
 def _choices(type_map: TypeMap) -> dict[TensorId, tuple[Option, ...]]:
@@ -198,15 +255,22 @@ def _choices(type_map: TypeMap) -> dict[TensorId, tuple[Option, ...]]:
     return {tensor: candidates.options_of(type_map, tensor, shape) for tensor, shape in matrices.items()}
 
 
-def _tensor(tensor: TensorId, shape: tuple[int, ...], type_map: TypeMap) -> TensorPlan | Refusal | None:
-    """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already."""
-    stored = _storage(tensor, type_map)
-    if stored is None:
+def _tensor(
+    tensor: TensorId, shape: tuple[int, ...], asked: widths.Asked, instead: Mapping[TensorId, types.Storage]
+) -> TensorPlan | Refusal | None:
+    """Plan of one tensor, or why it cannot be stored; None where the option itself was refused already.
+
+    instead: storages of tensors that what was asked for does not fit.
+    """
+    wanted = asked(tensor)
+    stored = instead.get(tensor, wanted)
+    if stored is None or wanted is None:
         return None
+    note = f"{type_name(wanted)} does not fit" if stored is not wanted else ""
     refusal = types.shape_refusal(str(tensor), stored, shape)
     if refusal is not None:
         return refusal
-    return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape))
+    return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape), note)
 
 
 def _storage(tensor: TensorId, type_map: TypeMap) -> types.Storage | None:
@@ -310,7 +374,8 @@ def _facts(file: GgufFile) -> dict[str, Any]:
         "context_length": file.keys.get(f"{arch}.context_length"),
         "embedding_length": file.keys.get(f"{arch}.embedding_length"),
         "tokenizer": f"{file.keys.get('tokenizer.ggml.model', '')} {file.keys.get('tokenizer.ggml.pre', '')}".strip(),
-        "file_bytes": file.path.stat().st_size,
+        "files": len(file.files),
+        "file_bytes": file.n_bytes,
         "tensors": dict(counts),
         "bytes": dict(sizes),
         "bits_per_weight": round(bits_per_weight(list(file.tensors.values())), 4),

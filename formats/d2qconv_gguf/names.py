@@ -48,7 +48,7 @@ class Layout:
 
     name: `general.architecture`. arch: our architecture that reads such a file. biases: sites whose bias the loader
     accepts and the graph applies. permuted: sites whose rows (and bias) are stored in adjacent-pair RoPE order.
-    roles: the sites that the loader creates.
+    roles: the sites that the loader creates. is_square: the loader wants q's outputs as wide as the residual stream.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Layout:
     biases: frozenset[Role]
     permuted: frozenset[Role]
     roles: frozenset[Role]
+    is_square: bool = False
 
 
 _DECODER = frozenset(MODULES) - {Role.Q_NORM, Role.K_NORM}
@@ -69,7 +70,8 @@ LLAMA = Layout(
     frozenset({Role.Q, Role.K}),
     _DECODER,
 )
-QWEN2 = Layout("qwen2", "qwen2", _QKV, frozenset(), _DECODER)
+#: qwen2.cpp makes attn_q and attn_output of n_embd × n_embd, whatever key_length and the number of heads say
+QWEN2 = Layout("qwen2", "qwen2", _QKV, frozenset(), _DECODER, is_square=True)
 QWEN3 = Layout("qwen3", "qwen3", _QKV, frozenset(), frozenset(MODULES))
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (LLAMA, QWEN2, QWEN3)}
 
@@ -81,6 +83,12 @@ WAYS: Mapping[str, Mapping[Carrier, Layout]] = {
     "qwen2": {Carrier.BIAS: LLAMA, Carrier.RANK1: QWEN2, Carrier.BIASES: LLAMA, Carrier.NONE: QWEN2},
     "qwen3": {Carrier.RANK1: QWEN3, Carrier.BIASES: QWEN3, Carrier.NONE: QWEN3},
 }
+
+
+def loadable(layout: Layout, dims: Dims) -> Layout:
+    """That layout, or llama's where its loader does not take the width of q: in padded models, for one."""
+    return LLAMA if layout.is_square and dims.n_heads * dims.head != dims.hidden else layout
+
 
 #: why a carrier is missing in WAYS
 NO_CARRIER: Mapping[str, str] = {

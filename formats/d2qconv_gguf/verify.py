@@ -21,6 +21,8 @@ from d2qconv_gguf.ggml_types import NEEDS, NewerType
 from d2qconv_gguf.metadata import METADATA_SHA256, metadata_digest
 from d2qconv_gguf.reader import layout_of, model_of
 from d2qconv_gguf.runtime import LlamaCpp, is_installed
+from d2qconv_gguf.shards import SPLIT_KEYS
+from d2qconv_gguf.zeros import padding_check
 
 N_SEQUENCES = 4
 N_TOKENS = 64
@@ -53,6 +55,8 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     checks = [_record_check(file, progress), _metadata_check(file)]
     model = model_of(file)
     checks += [_structure_check(file, model)]
+    padding = padding_check(file, model)
+    checks += [] if padding is None else [padding]
     if not all(c.is_passed for c in checks):
         return checks
     if not is_installed():
@@ -108,7 +112,7 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
             todo="only files that d2qconv wrote can be verified",
         )
     digests = dict(zip(names, recorded, strict=True))
-    found = _decoded_digests(file, progress)
+    found = decoded_digests(file, progress)
     wrong = [name for name in file.tensors if digests.get(name) != found[name]]
     wrong += sorted(set(digests) - set(file.tensors))
     n_weights = sum(int(np.prod(t.shape)) for t in file.tensors.values())
@@ -124,7 +128,7 @@ def _record_check(file: GgufFile, progress: Progress) -> Check:
     return Check("decoded values", bad if wrong else good, not wrong)
 
 
-def _decoded_digests(file: GgufFile, progress: Progress) -> dict[str, str]:
+def decoded_digests(file: GgufFile, progress: Progress) -> dict[str, str]:
     """Digest of every tensor as gguf-py decodes it; tensors in threads, each in pieces, largest first."""
     tensors = sorted(file.tensors.values(), key=lambda t: -t.n_bytes)
     found: dict[str, str] = {}
@@ -141,9 +145,18 @@ def _metadata_check(file: GgufFile) -> Check:
     """Every key has the value that was written, and nothing stands behind the last tensor but padding."""
     if file.keys.get(METADATA_SHA256) != metadata_digest(file.keys):
         return Check("metadata", "keys or tokens are not those that were written", False)
-    if file.n_spare >= GGUF_DEFAULT_ALIGNMENT:
-        return Check("metadata", f"{file.n_spare} bytes behind the last tensor", False)
-    return Check("metadata", f"{len(file.keys)} keys as they were written", True)
+    for part in file.files:
+        if part.n_spare >= GGUF_DEFAULT_ALIGNMENT:
+            return Check(
+                "metadata", f"{part.n_spare} bytes behind the last tensor of {part.path.name}", False
+            )
+    strange = sorted(key for part in file.others for key in part.keys if key not in SPLIT_KEYS)
+    if strange:
+        return Check(
+            "metadata", f"a file that is not the first has keys: {', '.join(strange[:_SHOWN])}", False
+        )
+    split = f" in {len(file.files)} files" if file.others else ""
+    return Check("metadata", f"{len(file.keys)} keys as they were written{split}", True)
 
 
 def _structure_check(file: GgufFile, model: ModelDesc) -> Check:

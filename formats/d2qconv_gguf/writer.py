@@ -195,10 +195,21 @@ def _write_cost(entry: Entry) -> int:
 
 
 def write_file(
-    path: Path, architecture: str, keys: Sequence[KV], made: Sequence[Entry], progress: Progress
+    path: Path,
+    architecture: str,
+    keys: Sequence[KV],
+    made: Sequence[Entry],
+    progress: Progress,
+    place: tuple[int, int] | None = None,
 ) -> int:
-    """Second pass: header, metadata, tensors. Returns the bytes written; raises ExportError if the disk refuses."""
+    """Second pass: header, metadata, tensors. Returns the bytes written; raises ExportError if the disk refuses.
+
+    architecture: empty for a file that is not the first of its package. place: where these tensors stand among all
+    of the package, (first, n), None if they are all.
+    """
     writer = GGUFWriter(path, architecture)
+    if not architecture:
+        writer.kv_data[0].clear()
     for kv in keys:
         if kv.key != "general.architecture":
             writer.add_key_value(kv.key, kv.value, kv.type, kv.sub_type)
@@ -210,19 +221,9 @@ def write_file(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            packed = each(made, Entry.data, cost=_write_cost, budget=BUDGET, in_order=True)
-            with closing(packed):
-                for n, data in packed:
-                    entry = made[n]
-                    progress(len(made) + n, 2 * len(made), f"write {entry.name}")
-                    if data.nbytes != entry.n_bytes:
-                        raise ExportError(
-                            f"packs into {data.nbytes} bytes, planned were {entry.n_bytes}", where=entry.name
-                        )
-                    writer.write_tensor_data(data)
+            _write_data(writer, made, progress, *(place or (0, len(made))))
         finally:
             writer.close()
-        progress(2 * len(made), 2 * len(made), "written")
         return path.stat().st_size
     except OSError as error:
         raise ExportError(
@@ -230,3 +231,21 @@ def write_file(
             where=str(path),
             todo="check space and permissions",
         ) from error
+
+
+def _write_data(
+    writer: GGUFWriter, made: Sequence[Entry], progress: Progress, first: int, n_all: int
+) -> None:
+    """The tensors' bytes; they are tensors first, first + 1, … of n_all that the package has."""
+    packed = each(made, Entry.data, cost=_write_cost, budget=BUDGET, in_order=True)
+    with closing(packed):
+        for n, data in packed:
+            entry = made[n]
+            progress(n_all + first + n, 2 * n_all, f"write {entry.name}")
+            if data.nbytes != entry.n_bytes:
+                raise ExportError(
+                    f"packs into {data.nbytes} bytes, planned were {entry.n_bytes}", where=entry.name
+                )
+            writer.write_tensor_data(data)
+    if first + len(made) == n_all:
+        progress(2 * n_all, 2 * n_all, "written")

@@ -114,6 +114,34 @@ def test_two_bits_for_a_width_without_super_blocks(capsys, tmp_path, random_mode
     assert float(likely[token]) > float(likely.max()) - 0.3
 
 
+def test_a_split_package_loads_by_its_first_file_and_replaces_an_older_set(capsys, tmp_path):
+    out = tmp_path / "m.gguf"
+    for older in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
+        (tmp_path / older).touch()
+    code = main(["to-gguf", str(LLAMA), "-o", str(out), *QUICK, "--max-shard-size", "500kB"])
+    assert code == 2
+    assert "the output exists" in capsys.readouterr().err
+    code, report = to_gguf(capsys, LLAMA, out, "--max-shard-size", "500kB", "--overwrite")
+    assert code == 0, report
+    n_files = len(names(tmp_path))
+    assert n_files > 2
+    assert names(tmp_path) == [f"m-{i + 1:05d}-of-{n_files:05d}.gguf" for i in range(n_files)]
+    assert report["n_bytes"] == sum(f.stat().st_size for f in tmp_path.iterdir())
+    first = tmp_path / f"m-00001-of-{n_files:05d}.gguf"
+    assert report["path"] == str(first)
+    assert {"llama.cpp loads it", "llama.cpp computes it"} <= {c["name"] for c in report["checks"]}
+    prompt = "Once upon a time"
+    token, log_p = other_llama_cpp(first, prompt)
+    with LlamaCpp(first) as runtime:
+        ids = runtime.tokenize(prompt, add_special=True)
+    likely = logits(read_model(first), torch.tensor([ids]))[0, -1].log_softmax(-1)
+    assert log_p == pytest.approx(float(likely[token]), abs=0.3)
+    capsys.readouterr()
+    assert main(["verify", str(first), "--quiet"]) == 0
+    assert main(["inspect", str(first), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["files"] == n_files
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [

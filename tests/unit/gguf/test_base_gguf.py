@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gguf_models import FAST, LLAMA_5M, PLAIN, make_desc, write
+from gguf_models import FAST, LLAMA_5M, PLAIN, make_desc, small_source, write
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import PlanError
-from d2qconv.export.base import Carrier
+from d2qconv.export.base import Carrier, silent
 from d2qconv.names import Part, Role, TensorId
-from d2qconv_gguf import GgufOptions, base_gguf
+from d2qconv_gguf import GgufOptions, base_gguf, exporter
 from d2qconv_gguf.container import read
 from d2qconv_gguf.exporter import GgufExporter
 from d2qconv_gguf.names import LAYOUTS, LLAMA, QWEN2
+from d2qconv_gguf.verify import verify_file
 
 ROOT = Path(__file__).parents[3]
 CHECKPOINTS = {"tiny-llama-5m": LLAMA_5M, "tiny-qwen3-5m": ROOT / "d2qconv" / "data" / "tiny-qwen3-5m"}
@@ -164,3 +166,36 @@ def test_its_keys_go_into_the_file(bases, tmp_path, arch, carrier):
         assert ours.keys[name] == value
         assert ours.types[name] == theirs.types[key]
     assert not [k for k in ours.keys if k.startswith(f"{arch}.") and arch != made.layout]
+
+
+def test_a_tokenizer_that_we_refuse_comes_from_the_base(tmp_path, monkeypatch):
+    """A checkpoint whose tokenizer.json no splitter of llama.cpp equals: refused, and the refusal names the way out.
+
+    With a base the tokenizer code is never asked, and the base's own tokens are in the file.
+    """
+    desc, known = make_desc("llama"), small_source()
+    base = tmp_path / "base.gguf"
+    write(base, desc, GgufOptions(type="bf16", embedding="bf16"), Carrier.NONE)
+    folder = tmp_path / "unknown"
+    shutil.copytree(known.path, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    cut = {"type": "Split", "pattern": {"Regex": "[aeiou]+"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, tokenizer["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    source = replace(known, path=folder)
+    refusals = GgufExporter(FAST).check_source(source).refusals
+    assert refusals
+    assert all("--base-gguf" in refusal.todo for refusal in refusals)
+
+    def asked(*_: object, **__: object) -> None:
+        pytest.fail("our tokenizer code was asked")
+
+    for name in ("tokenizer_metadata", "tokenizer_refusals", "tokenizer_warnings"):
+        monkeypatch.setattr(exporter, name, asked)
+    options = replace(FAST, base_gguf=base)
+    assert GgufExporter(options).check_source(source).refusals == ()
+    package, _, _ = write(tmp_path / "m.gguf", desc, options, checkpoint=source)
+    made, wanted = read(package.path), read(base)
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.pre", "tokenizer.ggml.merges"):
+        assert made.keys[key] == wanted.keys[key]
+    assert all(check.is_passed for check in verify_file(package.path, silent))

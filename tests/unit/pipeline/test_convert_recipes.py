@@ -9,6 +9,7 @@ import torch
 import d2qconv
 from d2qconv import pipeline
 from d2qconv.calibrate.tokens import load_tokens
+from d2qconv.errors import PlanError
 from d2qconv.evaluate.reference import logits
 from d2qconv.export.base import Carrier, Check
 from d2qconv.names import Part, Role, TensorId
@@ -116,6 +117,32 @@ def test_a_rotated_model_has_a_head_of_its_own_in_the_file(tmp_path, text):
     assert outcome.perplexity < 6 * outcome.perplexity_source
     carriers = {fold.carrier for fold in outcome.folds}
     assert {"gain of attn_norm", "gain of ffn_norm", "rows of v", "rows of up"} <= carriers
+
+
+def test_a_padded_model_goes_the_whole_way(tmp_path, text):
+    """Widths that q4_0 does not take: folds, sweeps, a last pass that trains biases too, and zeros stay zeros."""
+    sizes = {"hidden": 80, "ffn": 112, "heads": 2, "kv_heads": 1, "head_dim": 32}
+    model = make_checkpoint(tmp_path / "odd", "llama", vocab=8192, tokenizer=LLAMA, **sizes)
+    out = tmp_path / "m.gguf"
+    recipe = replace(
+        RECIPE, norm_scales=True, value_scales=True, order="gar", polish=1, refine=3, refine_scope="model"
+    )
+    asked = job(model, out, text, recipe=recipe, carrier=Carrier.BIASES)
+    with pytest.raises(PlanError, match=r"--pad always: exact zeros, hidden 80 → 96, ffn 112 → 128"):
+        plan(asked)
+    options = GgufOptions(type="q4_0", pad="always", imatrix=tmp_path / "i.gguf")
+    planned, outcome = run(replace(asked, options=options))
+    assert (planned.source.dims.hidden, planned.desc.dims.hidden, planned.desc.dims.ffn) == (80, 96, 128)
+    assert planned.n_weights == planned.source.n_weights
+    assert planned.target.widths.startswith("padded (hidden 80 → 96, ffn 112 → 128): ")
+    checks = {check.name: check.detail for check in outcome.checks}
+    assert {"padding", "llama.cpp computes it"} <= checks.keys()
+    assert "hidden 80 of 96, ffn 112 of 128" in checks["padding"]
+    assert outcome.kld == pytest.approx(kl_of_the_file(planned, out), rel=1e-3)
+    bias = read_model(out).tensors[TensorId(Role.O, 1, Part.BIAS)].load()
+    assert bias[:80].all()
+    assert not bias[80:].any()
+    assert read(tmp_path / "i.gguf").tensors["blk.1.ffn_down.weight.in_sum2"].shape == (1, 112)
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])

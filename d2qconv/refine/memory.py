@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from d2qconv.arch.spec import Dim, ModelDesc, Site
-from d2qconv.grids.base import Grid
+from d2qconv.grids.base import Grid, code_dtype
 from d2qconv.names import Role
 from d2qconv.refine.attention import SCORE_BYTES, score_bytes
 from d2qconv.refine.descent import BLOCK_BYTES, token_bytes
@@ -15,6 +15,8 @@ from d2qconv.refine.divergence import LOGIT_BYTES
 from d2qconv.refine.settings import RefineSettings
 
 _ENDS = (Role.EMBED, Role.FINAL_NORM, Role.HEAD)
+#: Embedding and head count as if they were Q8_0: bytes of codes and scales per byte of f32, weights of one scale.
+_END_CODES, _END_GROUP = 0.27, 32
 
 
 def predict_bytes(
@@ -28,9 +30,9 @@ def predict_bytes(
 
     grids: of the matrices inside the blocks; those not in it count as f32. length: of a sequence. Counted for `model`
     scope are all blocks, their parameters, the embedding and the heads of both models (the source's embedding is not
-    read), the inputs of all blocks for one batch, and what one block or one chunk of logits takes; for `block` scope
-    one block, its parameters and one batch. What the caller holds besides (activations on the device, a source block)
-    is not counted.
+    read) with their gradients, the inputs of all blocks for one batch, and what one block, one chunk of logits or one
+    of the ends takes; for `block` scope one block, its parameters and one batch. What the caller holds besides
+    (activations on the device, a source block) is not counted.
     """
     dims = desc.dims
     n_blocks = dims.n_layers if scope == "model" else 1
@@ -45,17 +47,23 @@ def predict_bytes(
     decoded = 4 * (2 * sum(matrices) + 4 * max(matrices))
     scores = 4 * max(SCORE_BYTES, score_bytes(dims.n_heads, dims.n_kv_heads, length))
     activations = max(min(BLOCK_BYTES, token_bytes(desc) * n_tokens), token_bytes(desc) * length)
-    ends = logits = 0
-    if scope == "model":
-        ends = 4 * dims.vocab * dims.hidden * (2 if desc.is_tied else 3)
-        logits = 5 * max(min(LOGIT_BYTES, 4 * dims.vocab * n_tokens), 4 * dims.vocab)
-    return held + trained + streams + ends + max(decoded + activations + scores, logits)
+    if scope == "block":
+        return held + trained + streams + decoded + activations + scores
+    end = 4 * dims.vocab * dims.hidden
+    n_ends = 1 if desc.is_tied else 2
+    # Decoded and as codes, the source's head, parameters as above; the head's gradient while blocks are computed.
+    ends = end * (n_ends + 1) + n_ends * int(end * _END_CODES + 5 * end / _END_GROUP) + end
+    logits = 5 * max(min(LOGIT_BYTES, 4 * dims.vocab * n_tokens), 4 * dims.vocab)
+    # The gradient by the embedded tokens, and one matrix four times while its gradient is carried to its scales.
+    carried = 5 * end
+    return held + trained + streams + ends + max(decoded + activations + scores, logits, carried)
 
 
 def _held_bytes(desc: ModelDesc, grids: Mapping[Role, Grid]) -> int:
     """Bytes of the codes and parameters of one block as they are in memory.
 
-    A code takes a byte whatever its bits; an integer parameter too, which is at most twice what it takes in a file.
+    A code takes a byte, or four where there are many, whatever its bits; an integer parameter a byte, which is
+    at most twice what it takes in a file.
     """
     total = 0.0
     for site in _matrices(desc):
@@ -65,7 +73,7 @@ def _held_bytes(desc: ModelDesc, grids: Mapping[Role, Grid]) -> int:
             total += 4 * n
             continue
         in_file = grid.bits_per_weight - math.log2(grid.levels) / grid.step
-        total += n / grid.step + n * 2 * max(in_file, 0) / 8
+        total += n / grid.step * code_dtype(grid.levels).itemsize + n * 2 * max(in_file, 0) / 8
     return math.ceil(total)
 
 

@@ -73,7 +73,7 @@ def series(run: Joined) -> list[Series]:
 def draw(run: Joined, file: Path) -> None:
     """Write the picture; the file name's end says the format."""
     # The salt: the same input gives the same SVG.
-    mpl.rcParams.update({"font.size": 9, "svg.hashsalt": OURS})
+    mpl.rcParams.update({"font.size": 9.5, "svg.hashsalt": OURS})
     figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -136,7 +136,7 @@ def _names(axes: Axes, renderer: RendererAgg, drawn: Sequence[Series], unit: flo
         for p in sorted(s.points, key=lambda q: q.n_bytes):
             text = axes.annotate(
                 p.type_name.upper(), (p.n_bytes / unit, p.kld), (0, 0), textcoords="offset points",
-                fontsize=7.5, color=s.colour, zorder=4,
+                fontsize=8, color=s.colour, zorder=4,
             )  # fmt: skip
             costs = [_cost(scene, p, _put(text, place, renderer)) for place in PLACES]
             best = PLACES[costs.index(min(costs))]

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2qconv.errors import ExportError, InputError
-from d2qconv.export.package import check_output, partial_name, remove_stale, sync_folder
+from d2qconv.export.package import check_output, partial_name, remove_stale, sync_folder, unwritable
 
 
 def member(path: Path, number: int, n_files: int) -> Path:
@@ -84,11 +84,7 @@ def atomic_set(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield folder / final.name
         _publish(folder, final, overwrite)
     except OSError as error:
-        raise ExportError(
-            f"the package could not be written: {error.strerror or error}",
-            where=str(path),
-            todo="the same command goes on from the work directory, once the cause is removed",
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -77,13 +77,18 @@ def atomic_output(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         _publish(partial, final, overwrite)
     except OSError as error:
-        raise ExportError(
-            f"the package could not be written: {error.strerror or error}",
-            where=str(path),
-            todo="the same command goes on from the work directory, once the cause is removed",
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> ExportError:
+    """What to say if writing the package `path` failed."""
+    return ExportError(
+        f"the package could not be written: {error.strerror or error}",
+        where=str(path),
+        todo="the same command goes on from the work directory, once the cause is removed",
+    )
 
 
 def _publish(partial: Path, final: Path, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from d2qconv.testing.models import make_checkpoint
 
 TOKENIZER = Path(__file__).parent.parent / "data" / "tiny-llama-5m"
 #: Seconds after which a run is taken to hang.
-LIMIT = 120
+LIMIT = 400
 
 
 @pytest.fixture(scope="module")

@@ -296,7 +296,7 @@ def run_team(what, size, folder):
     }
     command = [sys.executable, __file__, what, str(size), str(folder)]
     done = subprocess.run(
-        command, env=os.environ | meeting, timeout=120, capture_output=True, text=True, check=False
+        command, env=os.environ | meeting, timeout=400, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "codes.json").read_text()), done.stderr

@@ -190,6 +190,19 @@ def matrix_refusal(where: str, shape: Sequence[int]) -> Refusal | None:
     return None
 
 
+def blocks_refusal(grid_id: str, block: int, shape: Sequence[int], todo: str) -> Refusal | None:
+    """Why a matrix `[n_out, n_in]` is no whole number of a grid's blocks, or no matrix; None if it is.
+
+    todo: what to do where only n_in is to blame.
+    """
+    where = f"{grid_id}, shape {'x'.join(str(n) for n in shape)}"
+    refusal = matrix_refusal(where, shape)
+    if refusal is not None or shape[1] % block == 0:
+        return refusal
+    why = f"a row of {shape[1]} columns is not a whole number of blocks of {block}"
+    return Refusal(where, why, todo)
+
+
 def take_rows(params: Params, index: Tensor) -> dict[str, Tensor]:
     """Params of the rows in `index` (i64[n]), in that order. Shared parameters stay shared."""
     return {name: p if p.shape[0] == 1 else p[index] for name, p in params.items()}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.errors import InputError, Refusal
-from d2qconv.grids.base import Exactness, Params, matrix_refusal
+from d2qconv.grids.base import Exactness, Params, blocks_refusal
 from d2qconv.grids.scaling import scaled_rows
 from d2qconv.quant.dsq import SCALE
 
@@ -92,15 +92,9 @@ class DualScale:
 
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
-        where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
-        refusal = matrix_refusal(where, shape)
-        if refusal is not None:
-            return refusal
-        n_in = shape[1]
-        if n_in % self.block == 0:
-            return None
-        why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"
-        return Refusal(where, why, "use a block length that divides it, or store this tensor as f16")
+        return blocks_refusal(
+            self.id, self.block, shape, "use a block length that divides it, or store this tensor as f16"
+        )
 
     def fit(self, w: Tensor, importance: Tensor) -> Params:  # noqa: ARG002
         """Row and column scales of one block (w: f32[n_out, block]) by the released iteration; see the module."""

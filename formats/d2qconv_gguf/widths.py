@@ -25,6 +25,7 @@ from d2qconv.export.base import FloatType, TensorPlan, type_name
 from d2qconv.fold import padding as fold
 from d2qconv.grids.base import Grid
 from d2qconv.names import TensorId
+from d2qconv.quant.sweep import round_to_nearest
 from d2qconv_gguf import types
 from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.types import Storage
@@ -161,8 +162,7 @@ def holds_zeros(grid: Grid, n_real: int) -> bool:
     real = torch.randn(_N_ROWS, n_real - first, generator=torch.Generator().manual_seed(0))
     w[:, : n_real - first] = real
     for values in (w, torch.zeros_like(w)):
-        params = grid.fit(values, torch.ones(grid.block))
-        decoded = grid.decode(grid.encode(values, params, 0), params)
+        decoded = round_to_nearest(values, torch.ones(grid.block), grid).decode()
         if bool(decoded[:, n_real - first :].any()):
             return False
     return True
@@ -177,8 +177,7 @@ def error_of(storage: Storage) -> float:
 def _grid_error(name: str) -> float:
     storage = GRIDS[name]
     w = torch.randn(_N_ROWS, storage.block, generator=torch.Generator().manual_seed(0))
-    params = storage.fit(w, torch.ones(storage.block))
-    decoded = storage.decode(storage.encode(w, params, 0), params)
+    decoded = round_to_nearest(w, torch.ones(storage.block), storage).decode()
     return float((decoded - w).square().sum() / w.square().sum())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from d2qconv.errors import Refusal
-from d2qconv.grids.base import Exactness, Lattice, Params, matrix_refusal
+from d2qconv.grids.base import Exactness, Lattice, Params, blocks_refusal
 from d2qconv.grids.scaling import scaled_rows
 
 
@@ -35,18 +35,11 @@ class GgmlGrid:
 
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
-        where = f"{self.id}, shape {'x'.join(str(n) for n in shape)}"
-        refusal = matrix_refusal(where, shape)
-        if refusal is not None:
-            return refusal
-        n_in = shape[1]
-        if n_in % self.block == 0:
-            return None
-        why = f"a row of {n_in} columns is not a whole number of blocks of {self.block}"
-        if n_in % 32 == 0:
-            wider = "q2_0, whose blocks have 64 columns, or " if n_in % 64 == 0 else ""
-            return Refusal(where, why, f"use {wider}iq4_nl, q4_0 or q8_0, whose blocks have 32 columns")
-        return Refusal(where, why, "no quantized type here fits; store this tensor as f16")
+        todo = "no quantized type here fits; store this tensor as f16"
+        if shape and shape[-1] % 32 == 0:
+            wider = "q2_0, whose blocks have 64 columns, or " if shape[-1] % 64 == 0 else ""
+            todo = f"use {wider}iq4_nl, q4_0 or q8_0, whose blocks have 32 columns"
+        return blocks_refusal(self.id, self.block, shape, todo)
 
     def lattice(self, params: Params, group: int) -> Lattice | None:  # noqa: ARG002
         """None: codes of several columns have no lattice."""

@@ -55,10 +55,11 @@ def sample_sequences(
 ) -> Tensor:
     """Draw n_seq sequences of `length` tokens: i64[n_seq, length] on the CPU.
 
-    Sequences are drawn in groups whose keys and values take at most GROUP_BYTES. Random numbers come from the CPU
-    generator, so that every device draws alike up to its rounding; every group has a generator of its own, seeded
-    by `seed` and the number of its first sequence. on_token: called with the number of positions done, as if all
-    groups were one. Raises RunError if logits are not finite.
+    Sequences are drawn in groups whose keys and values take at most GROUP_BYTES. Random numbers are drawn on the
+    device (vocabulary × sequences for each position: on the host they took longer than the model), so two types of
+    device draw different texts; every group has a generator of its own, seeded by `seed` and the number of its
+    first sequence. on_token: called with the number of positions done, as if all groups were one. Raises RunError
+    if logits are not finite.
     """
     device = torch.device(device)
     decoder = _Decoder.load(model, device)
@@ -70,7 +71,7 @@ def sample_sequences(
         def report(position: int, start: int = start, n: int = n) -> None:
             on_token((start * (length - 1) + n * position) // n_seq)
 
-        generator = torch.Generator().manual_seed((seed + start * STRIDE) % (1 << 63))
+        generator = torch.Generator(device).manual_seed((seed + start * STRIDE) % (1 << 63))
         groups.append(decoder.draw(n, length, bos, generator, report))
     return torch.cat(groups)
 
@@ -83,8 +84,8 @@ def group_size(model: ModelDesc, length: int, device: torch.device) -> int:
 def sample_bytes(model: ModelDesc, n_seq: int, length: int, device: torch.device) -> SampleBytes:
     """Predicted memory of `sample_sequences` on `device`, in bytes.
 
-    A step holds three arrays of logits (on a GPU the noise is made on the host), one block's keys and values as
-    f32 where they are kept shorter, and their copies for the query heads that share them.
+    A step holds three arrays of logits' shape (the noise is one), one block's keys and values as f32 where they are
+    kept shorter, and their copies for the query heads that share them.
     """
     dims = model.dims
     n = min(group_size(model, length, device), n_seq)
@@ -169,7 +170,7 @@ class _Decoder:
         pasts = [self._past(n_seq, length) for _ in self.blocks]
         tokens = torch.empty(n_seq, length, dtype=torch.int64)
         if bos is None:
-            tokens[:, 0] = torch.randint(dims.vocab, (n_seq,), generator=generator)
+            tokens[:, 0] = torch.randint(dims.vocab, (n_seq,), generator=generator, device=self.device).cpu()
         else:
             tokens[:, 0] = bos
         for position in range(1, length):
@@ -178,9 +179,8 @@ class _Decoder:
                 x = block(x, past)
             logits = self._logits(x[:, 0])
             # Gumbel-max: argmax(logit + Gumbel noise) is a draw from softmax(logit).
-            uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
-            noise = uniform.log_().neg_().log_()
-            tokens[:, position] = (logits - noise.to(self.device)).argmax(-1).cpu()
+            uniform = torch.rand(logits.shape, generator=generator, device=self.device).clamp_(1e-20, 1 - 1e-7)
+            tokens[:, position] = (logits - uniform.log_().neg_().log_()).argmax(-1).cpu()
             on_token(position)
         return tokens
 

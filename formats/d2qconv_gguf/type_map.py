@@ -7,7 +7,6 @@ rule that matches no tensor, a block that the model does not have, a mix with a 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,59 +15,15 @@ from functools import cached_property
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import Refusal
 from d2qconv.export.base import TensorPlan, type_name
-from d2qconv.names import Part, Role, TensorId
+from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
+from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions, types
 from d2qconv_gguf.mixes import MIXES, Mix, Model
 
 #: What is taken where neither an option nor a mix says anything: of the matrices in the blocks, and of the ends.
 TYPE, ENDS = "q2_k", "q8_0"
-#: Roles that a rule may name.
-ROLES = (Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN, Role.EMBED, Role.HEAD)
-_RULE = re.compile(
-    r"(?P<role>[a-z_]+)(?:@(?P<blocks>[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*))?=(?P<type>\w+)"
-)
-_HOW = "write ROLE=TYPE or ROLE@BLOCKS=TYPE, such as v=q4_k or down@0-3,7=q4_k"
-
-
-@dataclass(frozen=True)
-class Override:
-    """One `--tensor-type`: the matrices of `role`, in those blocks or in all of them, are stored as `type`.
-
-    blocks: pairs of first and last block, empty for all.
-    """
-
-    text: str
-    role: Role
-    blocks: tuple[tuple[int, int], ...]
-    type: str
-
-    def holds(self, tensor: TensorId) -> bool:
-        """Whether it is about this tensor."""
-        if tensor.role is not self.role or tensor.part is not Part.WEIGHT:
-            return False
-        return not self.blocks or any(
-            tensor.block is not None and a <= tensor.block <= b for a, b in self.blocks
-        )
-
-
-def parse_override(text: str) -> Override | Refusal:
-    """`down@0-3,7=q4_k`; a Refusal if it is no such thing."""
-    where = f"option tensor-type {text}"
-    found = _RULE.fullmatch(text)
-    if found is None:
-        return Refusal(where, "not a rule", _HOW)
-    role = next((role for role in ROLES if role == found["role"]), None)
-    if role is None:
-        return Refusal(where, f"no matrix is called {found['role']!r}", f"use one of {', '.join(ROLES)}")
-    if types.storage(found["type"]) is None:
-        return Refusal(
-            where, f"{found['type']!r} is not a storage type", f"use one of {', '.join(types.names())}"
-        )
-    pieces = [piece.split("-") for piece in (found["blocks"] or "").split(",") if piece]
-    blocks = tuple((int(piece[0]), int(piece[-1])) for piece in pieces)
-    if any(first > last for first, last in blocks):
-        return Refusal(where, "the last block of a range comes before its first", _HOW)
-    return Override(text, role, blocks, found["type"])
+#: Rules for single matrices.
+RULES = OverrideOption("tensor-type", types.names(), "q4_k")
 
 
 @dataclass(frozen=True)
@@ -88,7 +43,7 @@ class TypeMap:
 
     def asked(self, tensor: TensorId) -> str | None:
         """The type that an option gives this very matrix, if one does."""
-        override = next((o for o in reversed(self._overrides) if o.holds(tensor)), None)
+        override = last_that_holds(self._overrides, tensor)
         if override is not None:
             return override.type
         ends = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
@@ -104,12 +59,7 @@ class TypeMap:
                     todo += f"; {value} is a mix: --mix {value}"
                 yield Refusal(f"option {name}", f"{value!r} is not a storage type", todo)
         yield from self._mix_refusals()
-        for text in self.options.tensor_type:
-            parsed = parse_override(text)
-            if isinstance(parsed, Refusal):
-                yield parsed
-            else:
-                yield from self._unmatched(parsed)
+        yield from RULES.refusals(self.options.tensor_type, self.model)
 
     def file_type(self, tensors: Sequence[TensorPlan]) -> int:
         """`general.file_type`: the mix's, else that of the type which most weights of the blocks have."""
@@ -123,8 +73,7 @@ class TypeMap:
 
     @cached_property
     def _overrides(self) -> tuple[Override, ...]:
-        parsed = [parse_override(text) for text in self.options.tensor_type]
-        return tuple(o for o in parsed if isinstance(o, Override))
+        return RULES.overrides(self.options.tensor_type)
 
     @cached_property
     def _mix(self) -> Mix | None:
@@ -153,19 +102,6 @@ class TypeMap:
         if absent:
             why = f"the mix {name} has matrices in {', '.join(absent)}, which this version cannot write"
             yield Refusal("option mix", why, f"it writes {', '.join(types.names())}")
-
-    def _unmatched(self, override: Override) -> Iterator[Refusal]:
-        where, n = f"option tensor-type {override.text}", self.model.dims.n_layers
-        if override.role is Role.HEAD and self.model.is_tied:
-            yield Refusal(where, "this model's head is its embedding", f"say embed={override.type}")
-        elif override.blocks and override.role in (Role.EMBED, Role.HEAD):
-            yield Refusal(
-                where, f"{override.role} stands in no block", f"say {override.role}={override.type}"
-            )
-        elif any(last >= n for _, last in override.blocks):
-            yield Refusal(where, f"the model has blocks 0 to {n - 1}")
-        elif not any(override.holds(tensor) for tensor in self.model.tensors):
-            yield Refusal(where, f"the model has no matrix {override.role}")
 
 
 def _mix_name(text: str) -> str | None:

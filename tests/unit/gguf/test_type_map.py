@@ -6,11 +6,12 @@ import pytest
 from gguf_models import DIMS, make_desc
 
 from d2qconv.errors import Refusal
+from d2qconv.export.overrides import Override
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf import types as known
 from d2qconv_gguf.exporter import GgufExporter
-from d2qconv_gguf.type_map import Override, parse_override
+from d2qconv_gguf.type_map import RULES
 
 FOUR = replace(DIMS, n_layers=4)
 
@@ -35,11 +36,11 @@ def types(**options):
     ],
 )
 def test_rules_are_read(text, role, blocks, kind):
-    assert parse_override(text) == Override(text, role, blocks, kind)
+    assert RULES.parse(text) == Override(text, role, blocks, kind)
 
 
 def test_a_rule_is_about_weights_of_its_blocks():
-    rule = parse_override("down@0-1,3=q4_k")
+    rule = RULES.parse("down@0-1,3=q4_k")
     held = [i for i in range(5) if rule.holds(TensorId(Role.DOWN, i))]
     assert held == [0, 1, 3]
     assert not rule.holds(TensorId(Role.UP, 0))
@@ -101,4 +102,4 @@ def test_what_contradicts_is_refused():
     assert "chooses the types" in plan(mix="Q3_K_S", type="q2_k", head="q8_0").refusals[0].why
     assert "'Q9' is not a mix" in plan(mix="Q9").refusals[0].why
     assert "--mix Q2_K" in plan(type="Q2_K").refusals[0].todo
-    assert isinstance(parse_override(""), Refusal)
+    assert isinstance(RULES.parse(""), Refusal)

@@ -29,6 +29,7 @@ from d2qconv.console import Console, by_steps
 from d2qconv.errors import D2qError, InputError, PluginError, VerifyError
 from d2qconv.export.base import Carrier, ExporterInfo
 from d2qconv.export.discover import Found, Sampler, discover, find, first_ready, for_file
+from d2qconv.export.folder import check_folder
 from d2qconv.export.package import check_output
 from d2qconv.options import Calibration, Flag, Machine, Method, Output, OutputPath, Report, Settings
 
@@ -266,7 +267,8 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
     output, method, machine = settings.output, settings.method, settings.machine
     path = output.output or Path(Path(model).resolve().name + info.suffix)
     if not output.dry_run:
-        check_output(path, output.overwrite)
+        check = check_folder if info.is_folder else check_output
+        check(path, output.overwrite)
     from d2qconv.job import Job
 
     return Job(

@@ -37,6 +37,7 @@ from d2qconv.export.base import (
     Progress,
 )
 from d2qconv.export.file_set import atomic_set, check_set
+from d2qconv.export.folder import atomic_folder, check_folder
 from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.padding import padded
 from d2qconv.fold.rotation import Rotation, rotated
@@ -204,7 +205,8 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
 
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
-    check = check_set if planned.target.is_split else check_output
+    is_folder = planned.job.exporter.is_folder
+    check = check_folder if is_folder else check_set if planned.target.is_split else check_output
     check(planned.job.output, planned.job.overwrite, planned.most_bytes)
     _check_work_dir(planned)
     return planned.content or read_weights(_source(planned), watch)
@@ -228,7 +230,8 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
 def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Package, Sequence[Check]]:
     """Write the package beside its name and verify it there; only then it takes its name."""
     job, n_tensors = planned.job, len(planned.target.tensors)
-    place = atomic_set if planned.target.is_split else atomic_output
+    is_folder = job.exporter.is_folder
+    place = atomic_folder if is_folder else atomic_set if planned.target.is_split else atomic_output
     with place(job.output, overwrite=job.overwrite) as path:
         watch.stage("write", 2 * n_tensors)
         package = planned.exporter.write(model, planned.checkpoint, planned.target, path, _steps(watch))

@@ -179,7 +179,9 @@ class _Decoder:
                 x = block(x, past)
             logits = self._logits(x[:, 0])
             # Gumbel-max: argmax(logit + Gumbel noise) is a draw from softmax(logit).
-            uniform = torch.rand(logits.shape, generator=generator, device=self.device).clamp_(1e-20, 1 - 1e-7)
+            uniform = torch.rand(logits.shape, generator=generator, device=self.device).clamp_(
+                1e-20, 1 - 1e-7
+            )
             tokens[:, position] = (logits - uniform.log_().neg_().log_()).argmax(-1).cpu()
             on_token(position)
         return tokens

@@ -212,6 +212,8 @@ class Exporter(Protocol):
     ) -> Package:
         """Write the package to `path`, which the caller has made a temporary name; raises ExportError.
 
+        A folder is there already, and empty; the manifest is written last.
+
         Where the plan says `is_split` it may write the `file_set.member`s of `path` instead, and gives the first one's
         path back.
         """
@@ -260,7 +262,8 @@ class ExporterInfo:
 
     name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options.
     target: `module:Class`, called with the options. requires: modules that must be importable. extra: the pip
-    extra that brings them. suffix: of the default output name. example: the command's example in its help.
+    extra that brings them. suffix: of the default output name. is_folder: a package is a folder that holds a manifest
+    (`d2qconv.export.manifest`), and not a file. example: the command's example in its help.
     """
 
     name: str
@@ -270,6 +273,7 @@ class ExporterInfo:
     requires: tuple[str, ...] = ()
     extra: str = ""
     suffix: str = ""
+    is_folder: bool = False
     example: str = ""
     architectures: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)

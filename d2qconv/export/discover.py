@@ -17,6 +17,7 @@ from typing import Protocol, get_type_hints, runtime_checkable
 
 from d2qconv.errors import InputError, PluginError
 from d2qconv.export.base import ExporterInfo
+from d2qconv.export.manifest import MANIFEST, read_manifest
 
 GROUP = "d2qconv.exporters"
 
@@ -94,12 +95,16 @@ def first_ready(found: Collection[Found]) -> ExporterInfo:
 
 
 def for_file(path: Path, found: Collection[Found]) -> ExporterInfo:
-    """The exporter whose suffix the file has; raises InputError if that is not exactly one."""
+    """The exporter of a package: by a folder's manifest, or by a file's suffix; raises InputError."""
     if path.is_dir():
-        raise InputError(
-            "a folder", where=str(path), todo="name the package's file, or its format with --format"
-        )
-    fits = [f.info for f in found if f.info and f.info.suffix and path.name.endswith(f.info.suffix)]
+        if not (path / MANIFEST).is_file():
+            raise InputError(
+                f"a folder without {MANIFEST}",
+                where=str(path),
+                todo="name the package's file, or its format with --format",
+            )
+        return find(read_manifest(path).format, found)
+    fits = [f.info for f in found if f.info and _is_named_so(path, f.info)]
     if len(fits) != 1:
         raise InputError(
             f"{len(fits)} exporters write packages with such a name",
@@ -107,6 +112,10 @@ def for_file(path: Path, found: Collection[Found]) -> ExporterInfo:
             todo=f"name the format with --format (installed are: {_names(found)})",
         )
     return fits[0]
+
+
+def _is_named_so(path: Path, info: ExporterInfo) -> bool:
+    return bool(info.suffix) and not info.is_folder and path.name.endswith(info.suffix)
 
 
 def _names(found: Collection[Found]) -> str:

@@ -2,7 +2,7 @@
 
 A package is written beside its final name as `.NAME.HOST-PID.partial`, flushed to the disk, and renamed. Whatever
 stops the writer, the file that was there before stays as it was. A partial file that a killed run left behind is
-removed by the next run on the same host. Packages of several files: `file_set`.
+removed by the next run on the same host. Packages of several files: `file_set`; folders: `folder`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ def check_output(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
     try:
         free = _probe(path, overwrite)
     except OSError as error:
-        raise InputError(
-            f"the output cannot be written: {error.strerror}",
-            where=str(path),
-            todo="name a file in a folder that you may write to",
-        ) from error
+        raise _unwritable_place(path, error) from error
     if n_bytes > free:
         raise InputError(
             f"the package takes {n_bytes:,} bytes and the disk has {free:,} left",
@@ -52,6 +48,21 @@ def _probe(path: Path, overwrite: bool) -> int:
         )
     if final.exists() and not overwrite:
         raise InputError("the output exists", where=str(path), todo="name another file, or add --overwrite")
+    return _free(final)
+
+
+def free_beside(final: Path, path: Path) -> int:
+    """Bytes free where `final` will be, once a file could be made beside it. path: as the user named it.
+
+    Raises InputError if none can be made.
+    """
+    try:
+        return _free(final)
+    except OSError as error:
+        raise _unwritable_place(path, error) from error
+
+
+def _free(final: Path) -> int:
     folder = final.parent
     if not folder.is_dir():
         raise InputError(
@@ -59,6 +70,14 @@ def _probe(path: Path, overwrite: bool) -> int:
         )
     with tempfile.NamedTemporaryFile(dir=folder, prefix=partial_name(final).name + "."):
         return shutil.disk_usage(folder).free
+
+
+def _unwritable_place(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"the output cannot be written: {error.strerror}",
+        where=str(path),
+        todo="name a file in a folder that you may write to",
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
+from d2qconv.evaluate.agreement import distance
 from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
 from d2qconv.threads import each
@@ -33,19 +33,6 @@ _SHOWN = 5
 #: q in the wrong order, heads or rows swapped, a bias or a gain of noticeable size left out): 17-140 %.
 BOUNDS = {"F32": 0.001, "F16": 0.01, "BF16": 0.03}
 QUANTIZED_BOUND = 0.10
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Runtime against reference over all positions.
-
-    mean_kl: mean KL divergence reference‖runtime, nats. noise: rms difference of the centred logits over the rms of
-    the reference's own: free of the scale of the logits, which in a random model is tiny.
-    """
-
-    mean_kl: float
-    noise: float
-    n_positions: int
 
 
 def verify_file(path: Path, progress: Progress) -> list[Check]:
@@ -206,19 +193,6 @@ def sample_sequences(runtime: LlamaCpp, n: int, length: int) -> list[list[int]]:
     """Text that the model itself makes, drawn at temperature 1: tokens as they occur, without any text of ours."""
     start = runtime.bos if runtime.bos is not None else 0
     return [[start, *runtime.sample([start], length - 1, seed)] for seed in range(n)]
-
-
-def distance(wanted: np.ndarray, seen: np.ndarray) -> Distance:
-    """How far `seen` is from `wanted`, both f32[..., vocab] logits; infinite if either is not finite."""
-    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (wanted, seen))
-    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return Distance(float("inf"), float("inf"), len(a))
-    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))
-    log_p, log_q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) for x in (a, b))
-    log_p, log_q = log_p - a.max(-1, keepdims=True), log_q - b.max(-1, keepdims=True)
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    noise = float(np.sqrt(((a - b) ** 2).mean() / max((a**2).mean(), 1e-30)))
-    return Distance(float(kl.mean()), noise, len(a))
 
 
 def bound(file: GgufFile) -> float:

@@ -1,0 +1,276 @@
+"""The ONNX exporter: plan, write, verify. See `d2qconv.export.base.Exporter`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from d2qconv import __version__
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.decoder.rope import cos_sin
+from d2qconv.errors import ExportError, Refusal
+from d2qconv.export.base import (
+    Carrier,
+    Check,
+    FloatType,
+    Package,
+    Progress,
+    SourceFindings,
+    TargetPlan,
+    TensorPlan,
+)
+from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
+from d2qconv.export.overrides import OverrideOption, last_that_holds
+from d2qconv.grids.affine import AffineGrid
+from d2qconv.ir.model import QuantizedModel
+from d2qconv.names import Part, Role, TensorId
+from d2qconv_onnx import OnnxOptions, genai, types
+from d2qconv_onnx.data import DATA, write_data
+from d2qconv_onnx.graph import Settings, build
+from d2qconv_onnx.names import ROPE_COS, ROPE_SIN, stored_name
+from d2qconv_onnx.runtime import genai_sample
+from d2qconv_onnx.verify import verify_folder
+
+RULES = OverrideOption("tensor-type", tuple(types.BITS), "int4")
+#: Linears of a block: MatMulNBits has a bias input, so each may carry one.
+_LINEARS = (Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN)
+_NOTES = {
+    Carrier.BIAS: "bias inputs of gate and up, exact",
+    Carrier.BIASES: "a bias input of every linear in the blocks",
+    Carrier.RANK1: "rank-1 change of gate and up before quantization, no extra tensor",
+    Carrier.NONE: "not carried",
+}
+#: Tokens that `sample` adds to a prompt.
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class OnnxExporter:
+    """Writes a folder for ONNX Runtime. options: see `OnnxOptions`."""
+
+    options: OnnxOptions
+
+    def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
+        """Every tensor's storage; see `Exporter`."""
+        chosen = carrier or Carrier.BIAS
+        refusals = self._option_refusals(model)
+        tensors: list[TensorPlan] = []
+        unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
+        if not refusals:
+            for tensor, shape in _shapes(model, chosen).items():
+                planned = self._tensor(tensor, shape)
+                if isinstance(planned, Refusal):
+                    unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
+                else:
+                    tensors.append(planned)
+        refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        return TargetPlan(
+            layout=model.arch.id,
+            tensors=tuple(tensors),
+            carrier=chosen,
+            carrier_note=_NOTES[chosen],
+            loads_in=_loads_in(tensors),
+            n_extra_bytes=2 * 4 * model.max_positions * (model.dims.head // 2),
+            refusals=tuple(refusals),
+            warnings=self._warnings(tensors),
+        )
+
+    def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
+        """Whether ONNX Runtime GenAI finds a tokenizer; see `Exporter`."""
+        return SourceFindings(tuple(genai.tokenizer_refusals(checkpoint)))
+
+    def write(
+        self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
+    ) -> Package:
+        """Write the folder's files into `path`, which is there and empty; see `Exporter`."""
+        if plan.refusals:
+            raise ExportError("this plan was refused", where=str(path))
+        missing = [str(t.id) for t in plan.tensors if t.id not in model.tensors]
+        extra = [str(i) for i in model.tensors if i not in plan.by_id]
+        if missing or extra:
+            raise ExportError(
+                "the quantized model is not what was planned: "
+                f"missing {missing or 'none'}, unplanned {extra or 'none'}"
+            )
+        data = write_data(path / DATA, model, plan.tensors, _rope_tables(model.desc), progress)
+        graph = build(model.desc, plan, data.places, Settings(__version__, self.options.exact))
+        ir.save(graph, path / genai.MODEL)
+        genai.write_config(model.desc, checkpoint, path / genai.CONFIG)
+        genai.carry_tokenizer(checkpoint, path)
+        files = file_records(path)
+        manifest = Manifest(
+            format="onnx",
+            version=__version__,
+            files=files,
+            decoded_sha256=dict(data.decoded_sha256),
+            provenance=_provenance(model),
+            requires=_requires(plan.tensors),
+            facts=_facts(model.desc, plan),
+        )
+        write_manifest(path, manifest)
+        return Package(path, sum(record.n_bytes for record in files.values()), data.decoded_sha256)
+
+    def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
+        """Decode with a reader of its own, then run in ONNX Runtime and GenAI; see `Exporter`."""
+        return verify_folder(path, progress)
+
+    def sample(self, path: Path, prompt: str) -> str:
+        """Continue a prompt with the package, in ONNX Runtime GenAI; see `Sampler`."""
+        return genai_sample(path, prompt, SAMPLE_TOKENS)
+
+    def inspect(self, path: Path) -> Mapping[str, Any]:
+        """The manifest's facts; see `Exporter`."""
+        manifest = read_manifest(path)
+        return {
+            **manifest.facts,
+            "files": len(manifest.files),
+            "file_bytes": sum(record.n_bytes for record in manifest.files.values()),
+            "requires": manifest.requires,
+            "provenance": manifest.provenance,
+        }
+
+    def _option_refusals(self, model: ModelDesc) -> list[Refusal]:
+        """What of the options cannot be meant."""
+        named = {name: getattr(self.options, name) for name in ("type", "embedding", "head")}
+        found = [
+            Refusal(
+                f"option {name}", f"{value!r} is not a storage type", f"use one of {', '.join(types.BITS)}"
+            )
+            for name, value in named.items()
+            if value not in types.BITS
+        ]
+        if self.options.block_size not in types.BLOCKS:
+            why = f"ONNX Runtime has no fast kernel for blocks of {self.options.block_size} columns"
+            found.append(Refusal("option block-size", why, f"use one of {', '.join(types.BLOCKS)}"))
+        return found + RULES.refusals(self.options.tensor_type, model)
+
+    @cached_property
+    def _overrides(self) -> tuple[Any, ...]:
+        return RULES.overrides(self.options.tensor_type)
+
+    def _grid(self, tensor: TensorId) -> AffineGrid:
+        """The grid of a matrix, as the options have it."""
+        rule = last_that_holds(self._overrides, tensor)
+        ends = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
+        name = rule.type if rule is not None else ends.get(tensor.role, self.options.type)
+        return types.grid(name, int(self.options.block_size))
+
+    def _tensor(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
+        name = stored_name(tensor)
+        if len(shape) == 1:
+            return TensorPlan(tensor, name, shape, FloatType.F32, 4 * shape[0])
+        grid = self._grid(tensor)
+        refusal = grid.accepts(shape)
+        if refusal is not None:
+            return Refusal(refusal.where, refusal.why, _way_out(shape[1]))
+        note = "3-bit codes in a 4-bit container" if types.container(grid) != grid.bits else ""
+        return TensorPlan(tensor, name, shape, grid, types.n_bytes(grid, shape), note)
+
+    def _warnings(self, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+        grids = [t.storage for t in tensors if isinstance(t.storage, AffineGrid)]
+        found = []
+        if any(grid.bits == 3 for grid in grids):
+            found.append("ONNX Runtime has no 3-bit node: 3-bit codes take 4 bits in the file, as int4 does")
+        if self.options.exact and any(types.container(grid) != 4 for grid in grids):
+            found.append(
+                "--exact: on a CPU, matrices of 2 and 8 bits are decoded anew at every call, 50 to 100 times slower"
+            )
+        return tuple(found)
+
+
+def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...]]:
+    """Every tensor of the package in the order of its use: those of the checkpoint, and biases that carry means."""
+    shapes = {tensor: dense.shape for tensor, dense in model.tensors.items()}
+    coupling = model.arch.coupling("shift", Role.FFN_NORM)
+    roles: Sequence[Role] = ()
+    if carrier is Carrier.BIAS and coupling is not None:
+        roles = coupling.absorbs
+    elif carrier is Carrier.BIASES:
+        roles = _LINEARS
+    for block in range(model.dims.n_layers):
+        for role in roles:
+            shapes.setdefault(TensorId(role, block, Part.BIAS), (shapes[TensorId(role, block)][0],))
+    order = list(Role)
+
+    def place(tensor: TensorId) -> tuple[bool, int, int, bool]:
+        block = -1 if tensor.block is None else tensor.block
+        is_last = tensor.role in (Role.FINAL_NORM, Role.HEAD)
+        return is_last, block, order.index(tensor.role), tensor.part is Part.BIAS
+
+    return {tensor: shapes[tensor] for tensor in sorted(shapes, key=place)}
+
+
+def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:
+    """One refusal for all blocks that it concerns alike."""
+    place = str(where[0]) if len(where) == 1 else f"{role} of {len(where)} blocks"
+    return Refusal(place, why, todo)
+
+
+def _way_out(n_in: int) -> str:
+    fits = [size for size in types.BLOCKS if n_in % int(size) == 0]
+    return (
+        f"use --block-size {' or '.join(fits)}"
+        if fits
+        else "no block size that ONNX Runtime is fast with fits"
+    )
+
+
+def _requires(tensors: Sequence[TensorPlan]) -> dict[str, str]:
+    """The first versions that load the package."""
+    containers = {types.container(t.storage) for t in tensors if isinstance(t.storage, AffineGrid)}
+    newest = max((types.RUNTIME[bits] for bits in containers), key=_version)
+    return {"onnxruntime": newest, "onnxruntime-genai": types.GENAI}
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+def _loads_in(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    if not tensors:
+        return ()
+    needs = _requires(tensors)
+    return tuple(f"{name} {version} or newer" for name, version in needs.items())
+
+
+def _rope_tables(desc: ModelDesc) -> dict[str, np.ndarray]:
+    """Cos and sin of all positions, f32[max_positions, head/2] each, as the float reference computes them."""
+    half = desc.dims.head // 2
+    cos, sin = cos_sin(desc.rope, desc.dims.head, range(desc.max_positions), "cpu")
+    return {ROPE_COS: cos[:, :half].contiguous().numpy(), ROPE_SIN: sin[:, :half].contiguous().numpy()}
+
+
+def _provenance(model: QuantizedModel) -> dict[str, str]:
+    about = model.provenance
+    found = {
+        "fingerprint": about.fingerprint,
+        "source": about.source,
+        "source_license": about.source_license,
+        "recipe": about.recipe,
+        "calibration": about.calibration,
+    }
+    return found | {f"carrier.{kind}": carried for kind, carried in about.carriers.items()}
+
+
+def _facts(desc: ModelDesc, plan: TargetPlan) -> dict[str, str | int | float]:
+    """What a person wants to know of the package."""
+    counts: dict[str, int] = {}
+    for planned in plan.tensors:
+        counts[planned.type_name] = counts.get(planned.type_name, 0) + 1
+    weights = sum(int(np.prod(t.shape)) for t in plan.tensors)
+    return {
+        "architecture": desc.arch.id,
+        "blocks": desc.dims.n_layers,
+        "context_length": desc.max_positions,
+        "hidden": desc.dims.hidden,
+        "vocab": desc.dims.vocab,
+        "tensors": ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
+        "bits_per_weight": round(8 * sum(t.n_bytes for t in plan.tensors) / weights, 4),
+    }

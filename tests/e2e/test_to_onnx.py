@@ -1,0 +1,78 @@
+"""From a checkpoint to a folder that ONNX Runtime and ONNX Runtime GenAI load, by one command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import d2qconv
+from d2qconv.cli import main
+from d2qconv.testing.models import make_checkpoint
+from d2qconv_onnx import types
+
+LLAMA = Path(__file__).parent.parent / "data" / "tiny-llama-5m"
+QWEN3 = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
+QUICK = ("--sequences", "8", "--length", "48", "--device", "cpu", "--json")
+
+
+def to_onnx(capsys, model, out, *options):
+    """Run the command in this process; returns (exit code, the JSON object that it printed)."""
+    given = QUICK[QUICK.index("--device") :] if "--sequences" in options else QUICK
+    code = main(["to-onnx", str(model), "-o", str(out), *given, *options])
+    printed = capsys.readouterr().out
+    return code, json.loads(printed)
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_the_default_command_gives_a_verified_2_bit_folder(capsys, tmp_path, model):
+    out = tmp_path / "m-onnx"
+    code, report = to_onnx(capsys, model, out, "--sequences", "32", "--length", "64")
+    assert code == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["m-onnx"]
+    manifest = json.loads((out / "d2qconv.json").read_text())
+    assert report["n_bytes"] == sum(record["n_bytes"] for record in manifest["files"].values())
+    assert {f.name for f in out.iterdir()} == {*manifest["files"], "d2qconv.json"}
+    checks = {check["name"]: check for check in report["checks"]}
+    assert all(check["is_passed"] and not check["is_skipped"] for check in checks.values())
+    # The source knows English; a wrong fold would make its text as unlikely as any.
+    assert report["perplexity"] < 6 * report["perplexity_source"]
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert manifest["requires"]["onnxruntime"] == types.RUNTIME[2]
+    assert main(["verify", str(out), "--quiet"]) == 0
+    assert main(["inspect", str(out), "--json"]) == 0
+
+
+# Every architecture with every fold, every type with every fold; all combinations without folds are unit tests.
+@pytest.mark.parametrize(
+    ("model_type", "bits"), [("llama", "int2"), ("qwen2", "int3"), ("qwen3", "int4"), ("mistral", "int2")]
+)
+@pytest.mark.parametrize("folds", [("--dsq",), ("--dsq", "--dac"), ("--dac", "--carrier", "biases")])
+def test_folds_are_in_the_codes_and_biases(capsys, tmp_path, model_type, bits, folds):
+    model = make_checkpoint(tmp_path / "model", model_type, vocab=8192, tokenizer=LLAMA, layers=1)
+    code, report = to_onnx(capsys, model, tmp_path / "p", "--type", bits, "--block-size", "32", *folds)
+    assert code == 0
+    assert all(check["is_passed"] and not check["is_skipped"] for check in report["checks"])
+
+
+def test_a_changed_byte_is_found(capsys, tmp_path):
+    out = tmp_path / "m-onnx"
+    assert to_onnx(capsys, LLAMA, out, "--type", "int4", "--rounding", "nearest")[0] == 0
+    data = bytearray((out / "model.onnx.data").read_bytes())
+    data[-100] ^= 1
+    (out / "model.onnx.data").write_bytes(data)
+    assert main(["verify", str(out), "--quiet"]) == 6
+
+
+def test_what_does_not_fit_is_refused_before_any_work(capsys, tmp_path):
+    model = make_checkpoint(tmp_path / "model", "llama", ffn=288, tokenizer=LLAMA, vocab=8192, layers=1)
+    assert main(["to-onnx", str(model), "-o", str(tmp_path / "p"), "--block-size", "128"]) == 3
+    assert "use --block-size 32" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(capsys, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "letter.txt").write_text("dear")
+    assert main(["to-onnx", str(LLAMA), "-o", str(out), "--overwrite", *QUICK]) == 2
+    assert (out / "letter.txt").read_text() == "dear"

@@ -35,7 +35,7 @@ from d2qconv_onnx import OnnxOptions, genai, types
 from d2qconv_onnx.data import DATA, write_data
 from d2qconv_onnx.graph import Settings, build
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN, stored_name
-from d2qconv_onnx.runtime import genai_sample
+from d2qconv_onnx.runtime import genai_sample, lacks
 from d2qconv_onnx.verify import verify_folder
 
 RULES = OverrideOption("tensor-type", tuple(types.BITS), "int4")
@@ -182,6 +182,8 @@ class OnnxExporter:
             found.append(
                 "--exact: on a CPU, matrices of 2 and 8 bits are decoded anew at every call, 50 to 100 times slower"
             )
+        old = lacks(_requires(tensors)) if grids else ""
+        found += [f"{old}: the package would not be run here"] if "older" in old else []
         return tuple(found)
 
 

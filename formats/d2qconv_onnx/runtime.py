@@ -7,7 +7,7 @@ run a package at another level its graph is changed in memory, and its data file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ _SEVERITY = 4
 _PIP = "pip install 'd2qconv[verify-onnx]'"
 
 
-def lacks(requires: dict[str, str]) -> str:
+def lacks(requires: Mapping[str, str]) -> str:
     """Which of the libraries (name: first version) is absent or too old here, as a sentence; empty if none is."""
     for name, least in requires.items():
         try:

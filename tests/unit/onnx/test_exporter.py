@@ -163,6 +163,14 @@ def test_minimum_versions_follow_the_bits(tmp_path):
     assert "50 to 100 times slower" in " ".join(plan(exact=True).warnings)
 
 
+def test_a_runtime_that_is_too_old_is_said_before_any_work(monkeypatch):
+    monkeypatch.setattr("d2qconv_onnx.runtime.version", lambda _: "1.22.1")
+    assert any("onnxruntime 1.22.1 is older than 1.28" in w for w in plan(type="int2").warnings)
+    assert any("onnxruntime 1.22.1 is older than 1.23" in w for w in plan(type="int4").warnings)
+    monkeypatch.setattr("d2qconv_onnx.runtime.version", lambda _: "1.32.0")
+    assert plan(type="int2").warnings == ()
+
+
 def test_codes_of_another_grid_are_not_written(tmp_path):
     desc = make_desc("llama")
     exporter = OnnxExporter(OnnxOptions(type="int2"))

@@ -34,7 +34,7 @@ from d2qconv.export.package import check_output
 from d2qconv.options import Calibration, Flag, Machine, Method, Output, OutputPath, Report, Settings
 
 if TYPE_CHECKING:
-    from d2qconv.job import Job
+    from d2qconv.job import Also, Job
 
 #: The model that `demo` converts; it is part of the package.
 DEMO_MODEL = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
@@ -285,7 +285,24 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
         overwrite=output.overwrite,
         max_gpu_mem=machine.max_gpu_mem,
         max_host_mem=machine.max_host_mem,
+        also=tuple(_also(text, output) for text in output.also),
     )
+
+
+def _also(text: str, output: Output) -> Also:
+    """`onnx=folder`; raises InputError or PluginError for what is no such thing, or cannot be written there."""
+    from d2qconv.job import Also
+
+    name, is_given, path = text.partition("=")
+    if not (name and is_given and path):
+        raise InputError(
+            "not FORMAT=PATH", where=f"--also {text}", todo="write, for example, onnx=model-onnx"
+        )
+    info = find(name, discover())
+    check = check_folder if info.is_folder else check_output
+    if not output.dry_run:
+        check(Path(path), output.overwrite)
+    return Also(info, Path(path))
 
 
 def show_plan(job: Job, console: Console, *, is_all: bool) -> None:

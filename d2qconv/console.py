@@ -121,6 +121,10 @@ class Console:
             return
         if not self._is_quiet:
             self._checks(outcome.checks)
+            for also in outcome.also:
+                self._line()
+                self._line(f"{also.format}, the same codes: {also.path}, {size(also.n_bytes)}")
+                self._checks(also.checks)
             self._line()
             self._pairs(_outcome_pairs(outcome))
             if sample:
@@ -456,6 +460,15 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "kld_unrefined": outcome.kld_unrefined,
         "allocation": None if outcome.allocation is None else allocation_view.facts(outcome.allocation),
         "checks": [_check_facts(c) for c in outcome.checks],
+        "also": [
+            {
+                "format": also.format,
+                "path": str(also.path),
+                "n_bytes": also.n_bytes,
+                "checks": [_check_facts(c) for c in also.checks],
+            }
+            for also in outcome.also
+        ],
         "folds": [
             {
                 "name": f.name,

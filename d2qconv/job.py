@@ -17,12 +17,30 @@ from d2qconv.walk.memory import Footprint
 
 
 @dataclass(frozen=True)
+class Also:
+    """Another package of the same quantization: by which exporter, with its default options, and where."""
+
+    exporter: ExporterInfo
+    output: Path
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What will be written of an `Also`."""
+
+    info: ExporterInfo
+    output: Path
+    exporter: Exporter
+    target: TargetPlan
+
+
+@dataclass(frozen=True)
 class Job:
     """One conversion, as asked for.
 
     carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
     work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
-    free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result.
+    free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result. also: further packages.
     """
 
     model: str
@@ -38,6 +56,7 @@ class Job:
     overwrite: bool = False
     max_gpu_mem: str | None = None
     max_host_mem: str | None = None
+    also: tuple[Also, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class Planned:
     source: the checkpoint's model. desc: the model that is quantized, the same but for a rotation and a padding.
     footprint: the memory that it is predicted to take. candidates: what types are to be chosen from, if they are; until
     `allocate` has made the allocation, `target` has the smallest of them. content: digest of the weights, empty if not
-    read yet.
+    read yet. also: the further packages.
     """
 
     job: Job
@@ -62,6 +81,7 @@ class Planned:
     candidates: Candidates | None = None
     allocation: Allocation | None = None
     content: str = ""
+    also: tuple[Adopted, ...] = ()
 
     @property
     def n_weights(self) -> int:

@@ -35,6 +35,9 @@ class Output:
     """The package. By default MODEL's own name with the exporter's suffix, in the current folder."""
     overwrite: Flag = False
     """Replace an existing output; until the new one is complete, the old one stays."""
+    also: tuple[str, ...] = ()
+    """FORMAT=PATH: write the same codes in another format too, where its storage holds every value exactly, such as
+    onnx=model-onnx after --type q4_0. May be given again."""
     dry_run: Flag = False
     """Stop after the plan, and print it. Nothing is quantized; of a choice of types what was measured is kept."""
     all: Flag = False

@@ -21,13 +21,23 @@ from d2qconv.walk.rounding import TensorError
 
 
 @dataclass(frozen=True)
+class AlsoWritten:
+    """A further package of the same codes. format: the exporter's name."""
+
+    format: str
+    path: Path
+    n_bytes: int
+    checks: Sequence[Check]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What was done, in numbers.
 
     path: the package, its first file if there are several. kld, perplexities and same_top: on the held-out sequences,
     by the float reference. peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words,
     empty if there was none; kld_unrefined: before it, where it changed the whole model. allocation: the choice of
-    types, where one was made; its `kld` is what was predicted.
+    types, where one was made; its `kld` is what was predicted. also: further packages.
     """
 
     path: Path
@@ -49,6 +59,7 @@ class Outcome:
     last_pass: str = ""
     kld_unrefined: float | None = None
     allocation: Allocation | None = None
+    also: tuple[AlsoWritten, ...] = ()
 
 
 def outcome_of(

@@ -249,6 +249,19 @@ class Allocating(Protocol):
 
 
 @runtime_checkable
+class Adopting(Protocol):
+    """An exporter that can write what was quantized for another one, where its own storage holds it. Optional."""
+
+    def plan_adopted(
+        self, model: ModelDesc, carrier: Carrier, storages: Mapping[TensorId, Grid | FloatType]
+    ) -> TargetPlan:
+        """As `plan`: for each of these tensors a storage of its own that holds all values of the given one exactly.
+
+        What no storage holds is refused.
+        """
+
+
+@runtime_checkable
 class Padder(Protocol):
     """An exporter whose storage may need a wider model. Optional: the pipeline asks it before `plan`."""
 

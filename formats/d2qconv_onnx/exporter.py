@@ -29,6 +29,8 @@ from d2qconv.export.base import (
 from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
 from d2qconv.export.overrides import OverrideOption, last_that_holds
 from d2qconv.grids.affine import AffineGrid
+from d2qconv.grids.base import Grid
+from d2qconv.grids.exact import holds
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_onnx import OnnxOptions, genai, types
@@ -71,16 +73,38 @@ class OnnxExporter:
                 else:
                     tensors.append(planned)
         refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        return self._target(model, chosen, tensors, refusals)
+
+    def _target(
+        self, model: ModelDesc, carrier: Carrier, tensors: Sequence[TensorPlan], refusals: Sequence[Refusal]
+    ) -> TargetPlan:
         return TargetPlan(
             layout=model.arch.id,
             tensors=tuple(tensors),
-            carrier=chosen,
-            carrier_note=_NOTES[chosen],
+            carrier=carrier,
+            carrier_note=_NOTES[carrier],
             loads_in=_loads_in(tensors),
             n_extra_bytes=2 * 4 * model.max_positions * (model.dims.head // 2),
             refusals=tuple(refusals),
             warnings=self._warnings(tensors),
         )
+
+    def plan_adopted(
+        self, model: ModelDesc, carrier: Carrier, storages: Mapping[TensorId, Grid | FloatType]
+    ) -> TargetPlan:
+        """Blocks as large as ONNX Runtime is fast with and the given groups allow; see `Adopting`."""
+        tensors: list[TensorPlan] = []
+        unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
+        shapes = _shapes(model, Carrier.NONE)
+        shapes |= {t: (shapes[TensorId(t.role, t.block)][0],) for t in storages if t not in shapes}
+        for tensor, shape in _in_order(shapes).items():
+            planned = _adopted(tensor, shape, storages[tensor])
+            if isinstance(planned, Refusal):
+                unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
+            else:
+                tensors.append(planned)
+        refusals = [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        return self._target(model, carrier, tensors, refusals)
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
         """Whether ONNX Runtime GenAI finds a tokenizer; see `Exporter`."""
@@ -199,6 +223,11 @@ def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...
     for block in range(model.dims.n_layers):
         for role in roles:
             shapes.setdefault(TensorId(role, block, Part.BIAS), (shapes[TensorId(role, block)][0],))
+    return _in_order(shapes)
+
+
+def _in_order(shapes: Mapping[TensorId, tuple[int, ...]]) -> dict[TensorId, tuple[int, ...]]:
+    """Embedding, blocks as they run, final norm, head."""
     order = list(Role)
 
     def place(tensor: TensorId) -> tuple[bool, int, int, bool]:
@@ -207,6 +236,22 @@ def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...
         return is_last, block, order.index(tensor.role), tensor.part is Part.BIAS
 
     return {tensor: shapes[tensor] for tensor in sorted(shapes, key=place)}
+
+
+def _adopted(tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType) -> TensorPlan | Refusal:
+    """A tensor on the grid that holds `given`'s values, in the largest blocks."""
+    name = stored_name(tensor)
+    if len(shape) == 1:
+        return TensorPlan(tensor, name, shape, FloatType.F32, 4 * shape[0])
+    if isinstance(given, FloatType):
+        return Refusal(str(tensor), f"{given} matrices are not written", "store it as q8_0, which int8 holds")
+    for block in sorted(map(int, types.BLOCKS), reverse=True):
+        for kind in types.BITS:
+            grid = types.grid(kind, block)
+            if holds(grid, given) and grid.accepts(shape) is None:
+                return TensorPlan(tensor, name, shape, grid, types.n_bytes(grid, shape), f"holds {given.id}")
+    why = f"no node of ONNX Runtime holds the values of {given.id} exactly"
+    return Refusal(str(tensor), why, "use q4_0, q8_0, q2_0 or tq2_0, or quantize for ONNX by itself")
 
 
 def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:

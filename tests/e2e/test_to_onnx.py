@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import d2qconv
 from d2qconv.cli import main
+from d2qconv.names import Part, Role, TensorId
 from d2qconv.testing.models import make_checkpoint
+from d2qconv_gguf.reader import read_model as read_gguf
 from d2qconv_onnx import types
+from d2qconv_onnx.container import open_model
+from d2qconv_onnx.reader import desc_of, read_model
 
 LLAMA = Path(__file__).parent.parent / "data" / "tiny-llama-5m"
 QWEN3 = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
@@ -76,3 +81,32 @@ def test_a_folder_of_somebody_else_is_not_replaced(capsys, tmp_path):
     (out / "letter.txt").write_text("dear")
     assert main(["to-onnx", str(LLAMA), "-o", str(out), "--overwrite", *QUICK]) == 2
     assert (out / "letter.txt").read_text() == "dear"
+
+
+def test_one_quantization_gives_two_packages_of_equal_values(capsys, tmp_path):
+    gguf, onnx = tmp_path / "m.gguf", tmp_path / "m-onnx"
+    options = ["--type", "q4_0", "--tensor-type", "down=q8_0", "--dsq", "--dac", "--also", f"onnx={onnx}"]
+    code = main(["to-gguf", str(LLAMA), "-o", str(gguf), *QUICK, *options])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    (also,) = report["also"]
+    assert also["path"] == str(onnx)
+    assert all(check["is_passed"] and not check["is_skipped"] for check in also["checks"])
+    ours, theirs = desc_of(read_model(open_model(onnx))), read_gguf(gguf)
+    assert set(ours.tensors) == set(theirs.tensors)
+    assert TensorId(Role.UP, 0, Part.BIAS) in ours.tensors
+    for tensor, dense in theirs.tensors.items():
+        assert torch.equal(ours.tensors[tensor].load(), dense.load()), tensor
+
+
+def test_what_the_other_format_cannot_hold_is_refused_before_any_work(capsys, tmp_path):
+    where = ["-o", str(tmp_path / "m.gguf"), "--also", f"onnx={tmp_path / 'p'}"]
+    assert main(["to-gguf", str(LLAMA), *where]) == 3
+    assert "no node of ONNX Runtime holds the values of q2_k exactly" in capsys.readouterr().err
+    assert main(["to-gguf", str(LLAMA), *where, "--bpw", "4"]) == 3
+    assert "follow from a measurement" in capsys.readouterr().err
+    assert main(["to-onnx", str(LLAMA), "-o", str(tmp_path / "o"), "--also", f"gguf={tmp_path / 'g'}"]) == 3
+    assert "cannot write what was quantized for another" in capsys.readouterr().err
+    assert main(["to-gguf", str(LLAMA), "-o", str(tmp_path / "m.gguf"), "--also", "onnx"]) == 2
+    assert "not FORMAT=PATH" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2qconv.grids.affine import BITS, GROUPS, AffineGrid
 from d2qconv.grids.base import Params
 from d2qconv_gguf.grids.levels import IQ4_LEVELS
 from d2qconv_gguf.grids.problem import Problem, has_kernels, row_chunks
@@ -27,6 +28,21 @@ class SignedK(ScalarGrid):
     """Base of the types with signed inner scales: step = d · (sc + lowest inner integer)."""
 
     search: SymmetricShape
+
+    @property
+    def affine_grid(self) -> AffineGrid | None:
+        """Its values are an affine grid's where the levels are equal and a block has one step and no inner ones."""
+        bits = self.levels.bit_length() - 1
+        if self.table or self.block != self.group or self.group not in GROUPS or bits not in BITS:
+            return None
+        return AffineGrid(bits, self.group, "none" if self.zero == self.levels // 2 else "integer", "f16")
+
+    def affine_params(self, params: Params) -> Params:
+        """The same steps, and the zero point where it is not the middle code; see `d2qconv.grids.exact`."""
+        step = params["d"]
+        if self.zero == self.levels // 2:
+            return {"step": step}
+        return {"step": step, "zero": torch.full_like(step, self.zero, dtype=torch.uint8)}
 
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
         """Give step = d · (sc + lowest inner integer), exact in f32."""
@@ -104,6 +120,21 @@ class SingleStep(ScalarGrid):
     """Base of the types with one f16 step per block."""
 
     search: SymmetricShape
+
+    @property
+    def affine_grid(self) -> AffineGrid | None:
+        """Its values are an affine grid's where the levels are equal and a block has one step and no inner ones."""
+        bits = self.levels.bit_length() - 1
+        if self.table or self.block != self.group or self.group not in GROUPS or bits not in BITS:
+            return None
+        return AffineGrid(bits, self.group, "none" if self.zero == self.levels // 2 else "integer", "f16")
+
+    def affine_params(self, params: Params) -> Params:
+        """The same steps, and the zero point where it is not the middle code; see `d2qconv.grids.exact`."""
+        step = params["d"]
+        if self.zero == self.levels // 2:
+            return {"step": step}
+        return {"step": step, "zero": torch.full_like(step, self.zero, dtype=torch.uint8)}
 
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
         """Give step = d."""

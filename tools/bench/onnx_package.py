@@ -1,4 +1,4 @@
-"""What a folder for onnxruntime-genai holds: bits, bytes and ends read from its graph; and a copy at another accuracy level.
+"""What a folder for onnxruntime-genai holds: bits, bytes and ends, read from its graph; and a copy at another level.
 
 Only the graph is read; tensors stay where they are. Works on folders of any maker: the head is the matrix that
 `logits` comes from, the embedding the one that `input_ids` looks up, every other constant matrix is a linear of a

@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, numpy_helper
+from onnx_nbits import F32, LEVEL, Rounded, as_nbits, drop_unread, quantize_ends
 from onnx_package import CODE_BITS, Graph
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
     HQQWeightOnlyQuantConfig,
     HQQWeightOnlyQuantizer,
     KQuantWeightOnlyQuantConfig,
@@ -37,15 +36,11 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor, quant_tensor_k_quant_cpu
 
-F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
-
 ALGORITHMS = ("rtn", "k_quant", "hqq")
 #: int4 of the builder: `algo_config` by what the row is called. `_last`: embedding and head in 8 bits.
 BUILDER = {"default": "default", "rtn": "rtn_last", "k_quant": "k_quant_last"}
 #: What the builder calls head and embedding.
 FLOAT_ENDS = "/lm_head/MatMul,/model/embed_tokens/Gather"
-LEVEL = 4
 DATA = "model.onnx.data"
 
 
@@ -63,15 +58,6 @@ class Peer:
     @property
     def name(self) -> str:
         return f"{'builder-' if self.builder else ''}{self.algorithm}-{self.bits}b-g{self.block}"
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A matrix rounded. codes: u8[N, K]; scales: f32[N, kb]; zeros: u8 or f32[N, kb]; kb = K / block."""
-
-    codes: U8
-    scales: F32
-    zeros: U8 | F32
 
 
 def peers(bits: list[int], blocks: list[int], algorithms: list[str], builder: bool) -> list[Peer]:
@@ -130,7 +116,7 @@ def make(peer: Peer, model: Path, source: Path, out: Path, ends: str) -> None:
     else:
         quantized = _quantized(peer, source)
         if ends != "float":
-            _quantize_ends(quantized, peer.block)
+            quantize_ends(quantized, peer.block)
         _save(quantized, source, part)
     part.rename(out)
 
@@ -159,21 +145,9 @@ def _quantized(peer: Peer, source: Path) -> ModelProto:
     return work.model.model
 
 
-def pack(values: U8, container: int) -> U8:
-    """u8[..., n] → u8[..., ceil(n·container/8)], least significant bits first, each row padded with zeros."""
-    per = 8 // container
-    pad = -values.shape[-1] % per
-    padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, pad)])
-    parts = padded.reshape(*values.shape[:-1], -1, per).astype(np.uint16)
-    shifts = np.arange(per, dtype=np.uint16) * container
-    return (parts << shifts).sum(-1).astype(np.uint8)
-
-
 def _round(weight: F32, peer: Peer) -> Rounded:
-    """weight: f32[N, K], by the library's function. Raises ValueError where K is no multiple of the block."""
+    """weight: f32[N, K], K a multiple of the block, by the library's function."""
     n_out, n_in = weight.shape
-    if n_in % peer.block:
-        raise ValueError(f"width {n_in} is no multiple of {peer.block}")
     if peer.algorithm == "hqq":
         solver = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=peer.block))
         codes, scales, zeros = solver.quantize_internal(
@@ -200,102 +174,16 @@ def _stored_here(model: ModelProto, peer: Peer) -> ModelProto:
         weight = numpy_helper.to_array(graph.constants[node.input[1]]).T
         rounded = _round(weight, peer)
         level = LEVEL if rounded.zeros.dtype == np.uint8 else 0
-        names[_as_nbits(model, node, rounded, peer.block, container, level)] = peer.bits
+        names[as_nbits(model, node, rounded, peer.block, container, level)] = peer.bits
     if container != peer.bits:
         entry = model.metadata_props.add()
         entry.key, entry.value = CODE_BITS, json.dumps(names)
     return model
 
 
-def _as_nbits(
-    model: ModelProto, node: NodeProto, rounded: Rounded, block: int, container: int, level: int
-) -> str:
-    """Turn a float MatMul into MatMulNBits in place; returns the name of the codes."""
-    n_out, n_in = rounded.codes.shape
-    base = node.input[1]
-    zeros = rounded.zeros
-    arrays = {
-        f"{base}.codes": pack(rounded.codes.reshape(n_out, n_in // block, block), container),
-        f"{base}.scales": rounded.scales,
-        f"{base}.zeros": pack(zeros, container) if zeros.dtype == np.uint8 else zeros,
-    }
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
-    attributes = {"K": n_in, "N": n_out, "bits": container, "block_size": block}
-    if level:
-        attributes["accuracy_level"] = level
-    node.CopyFrom(
-        onnx.helper.make_node(
-            "MatMulNBits", [node.input[0], *arrays], list(node.output), name=node.name,
-            domain="com.microsoft", **attributes,
-        )
-    )  # fmt: skip
-    return f"{base}.codes"
-
-
-def _rtn8(table: F32, block: int) -> Rounded:
-    """f32[rows, K] in 8 bits, asymmetric, by onnxruntime's rounding to nearest."""
-    solver = DefaultWeightOnlyQuantizer(
-        DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=False, bits=8)
-    )
-    packed, scales, zeros = solver.qbits_block_quant(np.ascontiguousarray(table.T))
-    return Rounded(packed.reshape(len(table), -1)[:, : table.shape[1]], scales, zeros)
-
-
-def _quantize_ends(model: ModelProto, block: int) -> None:
-    """Embedding and head in 8 bits; the head's bytes serve the embedding where both read one constant."""
-    graph = Graph(model)
-    head, embedding = graph.head(), graph.embedding()
-    weight, table = graph.constant(head.input[1]), graph.constant(embedding.input[0])
-    if weight is None or table is None:
-        raise ValueError("embedding or head is not a constant")
-    shared = weight.name == table.name
-    rounded = _rtn8(numpy_helper.to_array(weight).T, block)
-    codes = _as_nbits(model, head, rounded, block, 8, LEVEL)
-    scales, zeros = codes.replace(".codes", ".scales"), codes.replace(".codes", ".zeros")
-    shape = rounded.codes.shape
-    if not shared:
-        rounded = _rtn8(numpy_helper.to_array(table), block)
-        shape = rounded.codes.shape
-        codes, scales, zeros = (f"{table.name}.{part}" for part in ("codes", "scales", "zeros"))
-        arrays = {codes: rounded.codes, scales: rounded.scales, zeros: rounded.zeros}
-        model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
-    data = codes
-    view: list[NodeProto] = []
-    if shared:
-        # MatMulNBits wants three dimensions, the look-up two; the builder puts this node there, too.
-        data = f"{codes}.table"
-        model.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{codes}.shape"))
-        view = [onnx.helper.make_node("Reshape", [codes, f"{codes}.shape"], [data], name="embedding_view")]
-    gather = onnx.helper.make_node(
-        "GatherBlockQuantized", [data, embedding.input[1], scales, zeros], list(embedding.output),
-        name=embedding.name, domain="com.microsoft", gather_axis=0, quantize_axis=1, block_size=block, bits=8,
-    )  # fmt: skip
-    nodes = list(model.graph.node)
-    index = next(i for i, node in enumerate(nodes) if node.output[0] == embedding.output[0])
-    nodes[index : index + 1] = [*view, gather]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-
-
-def _drop_unread(model: ModelProto) -> None:
-    """Take nodes and constants away that nothing reads."""
-    while True:
-        read = {name for node in model.graph.node for name in node.input} | {
-            o.name for o in model.graph.output
-        }
-        nodes = [node for node in model.graph.node if any(name in read for name in node.output)]
-        if len(nodes) == len(model.graph.node):
-            break
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-
-
 def _save(model: ModelProto, source: Path, out: Path) -> None:
     """Graph, data, and the side files of the float package."""
-    _drop_unread(model)
+    drop_unread(model)
     onnx.save(
         model, out / "model.onnx", save_as_external_data=True, all_tensors_to_one_file=True, location=DATA,
         size_threshold=1024,

@@ -1,4 +1,4 @@
-"""Tokens per second of packages in onnxruntime-genai on the CPU: `onnx_speed.py REQUEST.json` measures one of them once.
+"""Tokens per second of packages in onnxruntime-genai on the CPU: `onnx_speed.py REQUEST.json` measures one once.
 
 Every measurement is a process of its own; packages take turns over several rounds and the best round of each counts,
 so that what else the machine does falls on all alike.

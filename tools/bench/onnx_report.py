@@ -66,7 +66,8 @@ def against(rows: list[Row], row: Row) -> Against | None:
 
 
 def _estimate(value: Estimate, digits: int, scale: float = 1.0) -> str:
-    return f"{value.mean * scale:.{digits}f} ± {value.se * scale:.{digits}f}"
+    # Adding 0 makes -0.0 0.0.
+    return f"{round(value.mean * scale, digits) + 0.0:.{digits}f} ± {value.se * scale:.{digits}f}"
 
 
 def _number(value: float, digits: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,34 @@ from d2qconv_onnx.container import Container, open_model
 _FOLDER = "session.model_external_initializers_file_folder_path"
 #: The runtime's own messages go to the standard error from this severity on: 4 is fatal.
 _SEVERITY = 4
+_LEVEL = "accuracy_level"
 _PIP = "pip install 'd2qconv[verify-onnx]'"
 
 
 def lacks(requires: dict[str, str]) -> str:
     """Which of the libraries (name: first version) is absent or too old here, as a sentence; empty if none is."""
     for name, least in requires.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
+        found = installed(name)
+        if found is None:
             return f"{name} is not installed ({_PIP})"
         if _numbers(found) < _numbers(least):
             return f"{name} {found} is older than {least}, which this package needs"
     return ""
 
 
+def installed(name: str) -> str | None:
+    """The library's version, None if it cannot be imported.
+
+    Asked of the module, since the same one comes in wheels of several names (onnxruntime, onnxruntime-gpu).
+    """
+    try:
+        return str(import_module(name.replace("-", "_")).__version__)
+    except (ImportError, AttributeError):
+        return None
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
 
 
 class OrtModel:
@@ -147,12 +158,14 @@ def _genai() -> Any:
 
 
 def _at_level(container: Container, level: int | None) -> bytes:
+    """The graph as bytes, every MatMulNBits at that level."""
     proto = onnx.ModelProto()
     proto.CopyFrom(container.proto)
     for node in proto.graph.node:
-        for attribute in node.attribute:
-            if level is not None and node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = level
+        if level is not None and node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != _LEVEL]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute(_LEVEL, level)])
     changed: bytes = proto.SerializeToString()
     return changed
 

@@ -89,12 +89,14 @@ class OrtModel:
         """Of every position: tokens i64[n, length] → f32[n, length, vocab]."""
         return self._run(tokens, tokens.shape[1], self._empty(len(tokens)))[0]
 
-    def greedy(self, prompt: Sequence[int], n_new: int) -> list[int]:
-        """The likeliest continuation, token by token with the cache."""
+    def greedy(self, prompt: Sequence[int], n_new: int, *, never: Sequence[int] = ()) -> list[int]:
+        """The likeliest continuation by `n_new` tokens that are not in `never`, one by one with the cache."""
         pasts, step, total, found = self._empty(1), list(prompt), len(prompt), []
         for _ in range(n_new):
             logits, *presents = self._run(np.array([step], np.int64), total, pasts)
-            found.append(int(logits[0, -1].argmax()))
+            last = logits[0, -1]
+            last[[token for token in never if 0 <= token < len(last)]] = -np.inf
+            found.append(int(last.argmax()))
             pasts = dict(zip(self._pasts, presents, strict=True))
             step, total = found[-1:], total + 1
         return found
@@ -118,8 +120,11 @@ class OrtModel:
 
 
 def genai_greedy(folder: Path, prompt: Sequence[int], n_new: int) -> list[int]:
-    """The likeliest continuation by ONNX Runtime GenAI; raises as OrtModel does."""
-    return _generate(folder, lambda _: list(prompt), n_new)[1]
+    """The likeliest continuation without end tokens by ONNX Runtime GenAI, `n_new` tokens; raises as OrtModel does.
+
+    Whatever penalties the package's config has, they are left out.
+    """
+    return _generate(folder, lambda _: list(prompt), n_new, is_plain=True)[1]
 
 
 def genai_sample(folder: Path, prompt: str, n_new: int) -> str:
@@ -132,14 +137,21 @@ def genai_sample(folder: Path, prompt: str, n_new: int) -> str:
     return str(_genai().Tokenizer(model).decode(tokens))
 
 
-def _generate(folder: Path, encode: Any, n_new: int) -> tuple[Any, list[int]]:
-    """(the loaded model, new tokens); ends early at an end token."""
+def _generate(folder: Path, encode: Any, n_new: int, *, is_plain: bool = False) -> tuple[Any, list[int]]:
+    """(the loaded model, new tokens); ends early at an end token.
+
+    is_plain: no penalties and no end. Before `min_length` GenAI takes the likeliest token that is no end token
+    (src/search.cpp, ApplyMinLength).
+    """
     og = _genai()
     try:
         model = og.Model(str(folder))
         prompt = encode(model)
+        length = len(prompt) + n_new
         params = og.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(prompt) + n_new, batch_size=1)
+        params.set_search_options(do_sample=False, max_length=length, batch_size=1)
+        if is_plain:
+            params.set_search_options(min_length=length, repetition_penalty=1.0)
         generator = og.Generator(model, params)
         generator.append_tokens(prompt)
         while not generator.is_done():

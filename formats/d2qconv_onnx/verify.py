@@ -24,8 +24,8 @@ from d2qconv_onnx.reader import Matrix, OnnxModel, desc_of, digest, read_model
 from d2qconv_onnx.runtime import OrtModel, genai_greedy, installed, lacks
 
 N_SEQUENCES, N_TOKENS, N_NEW = 2, 48, 16
-#: Largest accepted difference of a logit, over the largest logit. f32 sums in another order: 1e-6 to 4e-6 measured on
-#: random models of two blocks and trained ones of four.
+#: Largest accepted difference of a logit, over the largest logit. f32 sums in another order: 8e-7 to 8e-6 measured on
+#: 96 random models of two blocks, and no more on ones of 12 and 24 blocks: half of it is the reference's own.
 EXACT_BOUND = 1e-5
 #: Largest accepted `Distance.noise` with activations rounded to int8.
 ROUNDED_BOUND = 0.10
@@ -153,20 +153,24 @@ def _runtime_checks(model: OnnxModel, desc: ModelDesc, progress: Progress) -> li
 
 
 def _genai_check(path: Path, desc: ModelDesc, manifest: Manifest) -> Check:
-    """Greedy tokens of ONNX Runtime GenAI against ONNX Runtime's, up to an end token."""
+    """Greedy tokens of ONNX Runtime GenAI against ONNX Runtime's.
+
+    Both leave out end tokens: a model may end at once, and then nothing would be compared.
+    """
     name = "ONNX Runtime GenAI"
     missing = lacks({"onnxruntime-genai": manifest.requires.get("onnxruntime-genai", "0")})
     if missing:
         return Check(name, f"{missing}; not checked", True, is_skipped=True)
     prompt = _tokens(desc)[0, : N_TOKENS // 2].tolist()
     try:
-        theirs = genai_greedy(path, prompt, min(N_NEW, desc.max_positions - len(prompt)))
-        ours = OrtModel(path).greedy(prompt, len(theirs))
+        n_new = min(N_NEW, desc.max_positions - len(prompt))
+        theirs = genai_greedy(path, prompt, n_new)
+        ours = OrtModel(path).greedy(prompt, n_new, never=desc.eos_ids)
     except VerifyError as error:
         return Check(name, error.what, False)
-    same = sum(1 for a, b in zip(ours, theirs, strict=True) if a == b)
-    detail = f"{installed('onnxruntime-genai')}: {same} of {len(theirs)} greedy tokens as ONNX Runtime's"
-    return Check(name, detail, bool(theirs) and ours == theirs)
+    same = sum(1 for a, b in zip(ours, theirs, strict=False) if a == b)
+    detail = f"{installed('onnxruntime-genai')}: {same} of {n_new} greedy tokens as ONNX Runtime's"
+    return Check(name, detail, ours == theirs)
 
 
 def _tokens(desc: ModelDesc) -> np.ndarray:

@@ -18,12 +18,12 @@ from onnx_models import write
 from random_models import as_stored, make_desc
 
 from d2qconv.errors import D2qError, VerifyError
-from d2qconv.export.base import silent
+from d2qconv.export.base import Carrier, silent
 from d2qconv.export.manifest import file_records, read_manifest, write_manifest
 from d2qconv_onnx.codec import pack
 from d2qconv_onnx.container import Span, open_model
 from d2qconv_onnx.reader import Matrix, desc_of, read_model
-from d2qconv_onnx.runtime import lacks
+from d2qconv_onnx.runtime import OrtModel, genai_greedy, lacks
 from d2qconv_onnx.verify import verify_folder
 
 
@@ -271,6 +271,32 @@ def test_another_machines_last_places_are_accepted(package, tmp_path):
     checks = verify_folder(with_new_records(folder), silent)
     assert all(check.is_passed for check in checks), checks
     assert "cos and sin within" in next(c for c in checks if c.name == "structure").detail
+
+
+def test_a_model_that_ends_at_once_is_compared_all_the_same(tmp_path):
+    """This one's likeliest first token is its end token."""
+    folder = tmp_path / "p"
+    write(folder, make_desc("llama"), Carrier.BIAS, type="int2", block_size="32")
+    checks = verify_folder(folder, silent)
+    assert [c for c in checks if not c.is_passed or c.is_skipped] == []
+    prompt = [5, 6, 7]
+    free = OrtModel(folder).greedy(prompt, 8)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["eos_token_id"] = ends = [free[0], free[-1]]
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    found = OrtModel(folder).greedy(prompt, 8, never=[*ends, 100_000])
+    assert not set(ends) & set(found)
+    assert genai_greedy(folder, prompt, 8) == found
+
+
+def test_ways_of_sampling_in_the_config_do_not_count(package, tmp_path):
+    """A checkpoint's generation_config.json may ask for them, as Qwen2.5's do."""
+    folder = changed(package, tmp_path, lambda _: None)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["search"] |= {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "top_k": 99}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    checks = verify_folder(with_new_records(folder), silent)
+    assert [c for c in checks if not c.is_passed] == []
 
 
 def test_a_runtime_that_refuses_the_model_is_a_failed_check(package, tmp_path):

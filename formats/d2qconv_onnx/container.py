@@ -7,7 +7,8 @@ without tensors can be, is refused before anything of that size is allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,9 @@ _DTYPES: Mapping[int, np.dtype] = {
     onnx.TensorProto.UINT8: np.dtype("u1"),
     onnx.TensorProto.INT64: np.dtype("<i8"),
 }
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+#: Dimensions of a tensor at most.
+_MOST_DIMS = 4
 _TODO = "only folders that d2qconv wrote can be verified"
 
 
@@ -41,8 +45,6 @@ class Span:
 
     def view(self) -> np.ndarray:
         """The array, mapped from the file; read only."""
-        if not self.n_bytes:
-            return np.zeros(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
@@ -87,14 +89,15 @@ class Container:
     def _span(self, tensor: onnx.TensorProto) -> Span:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        file = self.folder / location
         if Path(location).name != location or location in ("", ".", "..") or "\\" in location:
-            raise self.error(f"{tensor.name} lies in {location!r}, which is no file of its folder")
-        if file.is_symlink() or not file.is_file():
-            raise self.error(f"{tensor.name} lies in {location!r}, which is not there")
+            raise self.error(f"{tensor.name} lies in {location!r:.80}, which is no file of its folder")
+        file = self.folder / location
+        size = _size(file)
+        if size is None:
+            raise self.error(f"{tensor.name} lies in {location!r:.80}, which is not there")
         dtype = _DTYPES.get(tensor.data_type)
         shape = tuple(tensor.dims)
-        if dtype is None or any(size < 0 for size in shape):
+        if dtype is None or len(shape) > _MOST_DIMS or any(n < 1 for n in shape):
             raise self.error(f"{tensor.name} has a type or shape that d2qconv does not write")
         try:
             offset, n_bytes = int(entries.get("offset", "0")), int(entries["length"])
@@ -102,7 +105,7 @@ class Container:
             raise self.error(f"{tensor.name} does not say where it lies") from error
         if n_bytes != math.prod(shape) * dtype.itemsize:
             raise self.error(f"{tensor.name} has {n_bytes} bytes, which is not its shape {list(shape)}")
-        if offset < 0 or offset + n_bytes > file.stat().st_size:
+        if offset < 0 or offset + n_bytes > size:
             raise self.error(f"{tensor.name} lies outside {location}")
         return Span(file, offset, n_bytes, shape, dtype)
 
@@ -115,8 +118,37 @@ def open_model(folder: Path) -> Container:
         if size > MOST_BYTES:
             raise VerifyError(f"has {size:,} bytes, too many for a graph", where=str(path), todo=_TODO)
         proto = onnx.load_model_from_string(path.read_bytes())
+        is_text = all(isinstance(text, str) for text in _texts(proto))
     except OSError as error:
         raise VerifyError(f"cannot be read: {error.strerror}", where=str(path), todo=_TODO) from error
     except (DecodeError, ValueError) as error:
         raise VerifyError("is not an ONNX model", where=str(path), todo=_TODO) from error
-    return Container(folder, proto)
+    container = Container(folder, proto)
+    if not is_text:
+        raise container.error("has names that are not UTF-8")
+    inside = [a.name for node in proto.graph.node for a in node.attribute if a.type in _GRAPHS]
+    if inside or proto.functions or proto.graph.sparse_initializer:
+        raise container.error("holds graphs, functions or sparse tensors inside its graph")
+    return container
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """Every name and text that is looked at here. protobuf gives bytes for one that is not UTF-8."""
+    for pair in proto.metadata_props:
+        yield from (pair.key, pair.value)
+    for tensor in proto.graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for node in proto.graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a regular file; None for anything else, a link too."""
+    try:
+        found = file.lstat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +22,21 @@ import torch
 from d2qconv.arch.registry import BUILT_IN
 from d2qconv.arch.spec import Dims, ModelDesc, Rope
 from d2qconv.checkpoint.dense import Dense
+from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_onnx.container import Container, Span
-from d2qconv_onnx.genai import CONFIG
+from d2qconv_onnx.genai_reader import read_config
+from d2qconv_onnx.nodes import check_node, integer, real
 
 #: Values that are decoded at a time.
 _PIECE = 1 << 19
-_ROPE = ("rope.cos", "rope.sin")
+#: Cosines and sines of every position, f32[max_positions, head/2].
+ROPE_TABLES = ("rope.cos", "rope.sin")
+NORMS = ("RMSNormalization", "SkipSimplifiedLayerNormalization")
 _BITS = (2, 4, 8)
+_MOST_BLOCK = 256
+_BYTES, _FLOATS = np.dtype("u1"), np.dtype("<f4")
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,23 @@ class Matrix:
 
     def load(self) -> torch.Tensor:
         """All values, f32[n_out, n_in]."""
-        return torch.from_numpy(np.concatenate(list(self.pieces())))
+        values, at = np.empty(self.shape, np.float32), 0
+        for piece in self.pieces():
+            values[at : at + len(piece)] = piece
+            at += len(piece)
+        return torch.from_numpy(values)
+
+    def is_same(self, other: Matrix) -> bool:
+        """Whether it is the same bytes with the same meaning, whatever shape and name they have."""
+        mine, theirs = (
+            [(span.file, span.offset, span.n_bytes) for span in (m.codes, m.scales, m.zeros)]
+            for m in (self, other)
+        )
+        return mine == theirs and (self.shape, self.bits, self.block) == (
+            other.shape,
+            other.bits,
+            other.block,
+        )
 
     def _numbers(self, packed: np.ndarray, n: int) -> np.ndarray:
         """u8[rows, n] of a bit stream, lowest bits first; raises VerifyError for what a code may not be."""
@@ -119,28 +142,29 @@ class OnnxModel:
 
 def read_model(container: Container) -> OnnxModel:
     """Find every tensor through the node that uses it; raises VerifyError for what contradicts itself."""
-    nodes = {node.name: node for node in container.proto.graph.node}
+    nodes: dict[str, onnx.NodeProto] = {}
     tensors: dict[str, Found] = {}
     wider = _object(container, "d2qconv.code_bits")
     for node in container.proto.graph.node:
+        if node.name in nodes:
+            raise container.error(f"two nodes are called {node.name!r}")
+        nodes[node.name] = node
+        check_node(container, node)
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             matrix = _matrix(container, node, wider)
             tensors[matrix.name] = matrix
-        if node.op_type == "MatMulNBits" and len(node.input) > 5:
-            tensors[f"{node.name}.bias"] = Vector(f"{node.name}.bias", _span(container, node.input[5]))
-        if node.op_type in ("RMSNormalization", "SkipSimplifiedLayerNormalization"):
+        if node.op_type == "MatMulNBits" and len(node.input) > 5 and node.input[5]:
+            tensors[f"{node.name}.bias"] = _vector(container, f"{node.name}.bias", node.input[5])
+        if node.op_type in NORMS:
             gain = node.input[1 if node.op_type == "RMSNormalization" else 2]
-            tensors[f"{node.name}.weight"] = Vector(f"{node.name}.weight", _span(container, gain))
+            tensors[f"{node.name}.weight"] = _vector(container, f"{node.name}.weight", gain)
     embed, head = tensors.get("embed.weight"), tensors.get("head.weight")
     if not isinstance(embed, Matrix) or not isinstance(head, Matrix):
         raise container.error("has no embedding or no head")
-    is_tied = head.codes.offset == embed.codes.offset
+    spans = [(m.codes, m.scales, m.zeros) for m in (embed, head)]
+    is_tied = any((a.file, a.offset) == (b.file, b.offset) for a, b in zip(*spans, strict=True))
     if is_tied:
-        same = ("codes", "scales", "zeros")
-        if (
-            any(getattr(head, s).offset != getattr(embed, s).offset for s in same)
-            or head.block != embed.block
-        ):
+        if not head.is_same(embed):
             raise container.error("its head shares only a part of the embedding")
         del tensors["head.weight"]
     return OnnxModel(container, tensors, nodes, is_tied)
@@ -151,46 +175,83 @@ def desc_of(model: OnnxModel) -> ModelDesc:
     container = model.container
     architecture = container.metadata.get("d2qconv.architecture", "")
     if architecture not in BUILT_IN:
-        raise container.error(f"is of architecture {architecture!r}, which d2qconv does not know")
-    attention = model.nodes.get("blk.0.attention")
-    if attention is None:
-        raise container.error("has no attention in block 0")
-    numbers = attributes(attention)
-    config = _config(container)
-    heads, kv_heads = numbers.get("num_heads", 0), numbers.get("kv_num_heads", 0)
-    n_layers = sum(node.op_type == "GroupQueryAttention" for node in model.nodes.values())
-    cos = container.array(_ROPE[0])
-    matrices = {name: t.shape for name, t in model.tensors.items() if isinstance(t, Matrix)}
+        raise container.error(f"is of architecture {architecture!r:.80}, which d2qconv does not know")
+    dims, max_positions = _dims(model)
+    epsilons = {real(container, n, "epsilon", 1e-5) for n in model.nodes.values() if n.op_type in NORMS}
+    if len(epsilons) != 1 or min(epsilons) < 0:
+        raise container.error(f"its norms add {sorted(epsilons)}, and not all the same")
+    config = read_config(container.folder)
+    config.check(BUILT_IN[architecture].model_type, dims, max_positions)
+    rope = _rope(container, dims)
     try:
-        (vocab, hidden), (ffn, _) = matrices["embed.weight"], matrices["blk.0.gate.weight"]
-        head = matrices["blk.0.q.weight"][0] // heads
-        dims = Dims(vocab, hidden, ffn, n_layers, heads, kv_heads, head)
-        norm = attributes(model.nodes["final_norm"])["epsilon"]
-        rope = msgspec.convert(_object(container, "d2qconv.rope"), Rope)
         tensors = {
             TensorId.parse(name): Dense(found.shape, torch.float32, partial(_load, found))
             for name, found in model.tensors.items()
         }
-    except (KeyError, ValueError, ZeroDivisionError, msgspec.ValidationError) as error:
+    except ValueError as error:
         raise container.error(f"its parts do not make a decoder: {error}") from error
     desc = ModelDesc(
         arch=BUILT_IN[architecture],
         dims=dims,
         rope=rope,
-        norm_eps=float(np.float32(norm)),
+        norm_eps=epsilons.pop(),
         is_tied=model.is_tied,
-        max_positions=len(cos),
-        bos_ids=_ids(config.get("bos_token_id")),
-        eos_ids=_ids(config.get("eos_token_id")),
+        max_positions=max_positions,
+        bos_ids=config.bos_ids,
+        eos_ids=config.eos_ids,
         tensors=tensors,
     )
     _check(container, desc)
     return desc
 
 
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """A node's attributes by name."""
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+def _dims(model: OnnxModel) -> tuple[Dims, int]:
+    """Sizes by the shapes and the attention nodes, which must agree; and the positions that have a cos and sin."""
+    container = model.container
+    layers = [node for node in model.nodes.values() if node.op_type == "GroupQueryAttention"]
+    seen = {_attention(container, node) for node in layers}
+    if len(seen) != 1:
+        raise container.error(f"its {len(layers)} attention nodes are of {len(seen)} kinds")
+    n_heads, n_kv_heads, scale = seen.pop()
+    shapes = {name: t.shape for name, t in model.tensors.items() if isinstance(t, Matrix)}
+    try:
+        (vocab, hidden), (ffn, _) = shapes["embed.weight"], shapes["blk.0.gate.weight"]
+        head = shapes["blk.0.q.weight"][0] // n_heads
+    except KeyError as error:
+        raise container.error(f"its parts do not make a decoder: no {error}") from error
+    if head < 1:
+        raise container.error(f"has {n_heads} heads in {shapes['blk.0.q.weight'][0]} rows of blk.0.q")
+    if not math.isclose(scale or head**-0.5, head**-0.5, rel_tol=1e-6):
+        raise container.error(f"its scores are scaled by {scale} for heads of {head}")
+    cos, sin = (_span(container, name, _FLOATS) for name in ROPE_TABLES)
+    if len(cos.shape) != 2 or cos.shape[1] != head // 2 or sin.shape != cos.shape:
+        raise container.error(f"its cos and sin are {cos.shape} and {sin.shape} for heads of {head}")
+    return Dims(vocab, hidden, ffn, len(layers), n_heads, n_kv_heads, head), cos.shape[0]
+
+
+def _rope(container: Container, dims: Dims) -> Rope:
+    """The rotary embedding as the metadata name it, one that can be computed."""
+    found = _object(container, "d2qconv.rope")
+    try:
+        rope = msgspec.convert(found, Rope)
+        inverse_frequencies(rope, dims.head)
+        attention_factor(rope)
+    except (msgspec.ValidationError, KeyError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise container.error(f"its rotary embedding is not known here: {error!r:.200}") from error
+    return rope
+
+
+def _attention(container: Container, node: onnx.NodeProto) -> tuple[int, int, float]:
+    """(heads, heads of keys, scale, 0 for the usual one) of an attention node that turns by our tables."""
+    heads = integer(container, node, "num_heads"), integer(container, node, "kv_num_heads")
+    turns = (
+        integer(container, node, "do_rotary", 0),
+        integer(container, node, "rotary_interleaved", 0),
+        *node.input[7:9],
+    )
+    if min(heads) < 1 or turns != (1, 0, *ROPE_TABLES):
+        raise container.error(f"{node.name} has {heads} heads, or does not turn as our models do")
+    return (*heads, real(container, node, "scale", 0.0))
 
 
 def _load(found: Found) -> torch.Tensor:
@@ -198,65 +259,54 @@ def _load(found: Found) -> torch.Tensor:
 
 
 def _matrix(container: Container, node: onnx.NodeProto, wider: Mapping[str, Any]) -> Matrix:
-    numbers = attributes(node)
     is_gather = node.op_type == "GatherBlockQuantized"
-    order = (0, 2, 3) if is_gather else (1, 2, 3)
-    if len(node.input) <= max(order):
-        raise container.error(f"{node.name} has too few inputs")
-    codes, scales, zeros = (_span(container, node.input[i]) for i in order)
-    bits, block = numbers.get("bits", 4), numbers.get("block_size", 0)
-    if bits not in _BITS or block < 16 or len(scales.shape) != 2:
+    at = (0, 2, 3) if is_gather else (1, 2, 3)
+    codes, scales, zeros = (_span(container, node.input[i], _FLOATS if i == 2 else _BYTES) for i in at)
+    bits, block = integer(container, node, "bits", 4), integer(container, node, "block_size")
+    if bits not in _BITS or not 16 <= block <= _MOST_BLOCK or len(scales.shape) != 2:
         raise container.error(f"{node.name} has {bits} bits in blocks of {block}")
     n_out, n_blocks = scales.shape
-    n_in = n_blocks * block if is_gather else numbers.get("K", 0)
+    axes = integer(container, node, "gather_axis", 0), integer(container, node, "quantize_axis", 1)
+    n_in = n_blocks * block if is_gather else integer(container, node, "K")
     name, row = f"{node.name}.weight", -(-n_blocks * bits // 8)
     wanted = (n_out, n_in * bits // 8) if is_gather else (n_out, n_blocks, block * bits // 8)
-    if n_in != n_blocks * block or codes.shape != wanted or zeros.shape != (n_out, row):
+    if axes != (0, 1) or n_in != n_blocks * block or codes.shape != wanted or zeros.shape != (n_out, row):
         raise container.error(
             f"{node.name}: codes {codes.shape}, scales {scales.shape}, zeros {zeros.shape} do not fit"
         )
-    if not is_gather and numbers.get("N") != n_out:
-        raise container.error(f"{node.name} has {n_out} rows and says {numbers.get('N')}")
-    if [span.dtype.str for span in (codes, scales, zeros)] != ["|u1", "<f4", "|u1"]:
-        raise container.error(f"{node.name} is stored in types that d2qconv does not write")
+    if not is_gather and integer(container, node, "N") != n_out:
+        raise container.error(f"{node.name} has {n_out} rows and says {integer(container, node, 'N')}")
     code_bits = wider.get(name, bits)
-    if not isinstance(code_bits, int) or not 0 < code_bits <= bits:
-        raise container.error(f"{node.name} has {bits} bits, and its record says {code_bits}")
+    if type(code_bits) is not int or not 0 < code_bits <= bits:
+        raise container.error(f"{node.name} has {bits} bits, and its record says {code_bits!r:.80}")
     return Matrix(name, (n_out, n_in), bits, code_bits, block, codes, scales, zeros)
 
 
-def _span(container: Container, name: str) -> Span:
+def _vector(container: Container, name: str, stored: str) -> Vector:
+    span = _span(container, stored, _FLOATS)
+    if len(span.shape) != 1:
+        raise container.error(f"{name} has {len(span.shape)} dimensions")
+    return Vector(name, span)
+
+
+def _span(container: Container, name: str, dtype: np.dtype) -> Span:
     if name not in container.spans:
-        raise container.error(f"has no initializer {name!r} in its data file")
-    return container.spans[name]
+        raise container.error(f"has no initializer {name!r:.80} in its data file")
+    span = container.spans[name]
+    if span.dtype != dtype:
+        raise container.error(f"{name} is of {span.dtype}, not of {dtype}")
+    return span
 
 
 def _object(container: Container, key: str) -> dict[str, Any]:
     """A JSON object of the metadata."""
     try:
         found = json.loads(container.metadata.get(key, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise container.error(f"its metadata {key} are not JSON") from error
     if not isinstance(found, dict):
         raise container.error(f"its metadata {key} are no object")
     return found
-
-
-def _config(container: Container) -> dict[str, Any]:
-    """The model's part of genai_config.json."""
-    path = container.folder / CONFIG
-    try:
-        found = json.loads(path.read_bytes())["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise VerifyError("is not a config of ONNX Runtime GenAI", where=str(path)) from error
-    if not isinstance(found, dict):
-        raise VerifyError("is not a config of ONNX Runtime GenAI", where=str(path))
-    return found
-
-
-def _ids(value: object) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int))
 
 
 def _check(container: Container, desc: ModelDesc) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,34 @@ from d2qconv_onnx.container import Container, open_model
 _FOLDER = "session.model_external_initializers_file_folder_path"
 #: The runtime's own messages go to the standard error from this severity on: 4 is fatal.
 _SEVERITY = 4
+_LEVEL = "accuracy_level"
 _PIP = "pip install 'd2qconv[verify-onnx]'"
 
 
 def lacks(requires: Mapping[str, str]) -> str:
     """Which of the libraries (name: first version) is absent or too old here, as a sentence; empty if none is."""
     for name, least in requires.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
+        found = installed(name)
+        if found is None:
             return f"{name} is not installed ({_PIP})"
         if _numbers(found) < _numbers(least):
             return f"{name} {found} is older than {least}, which this package needs"
     return ""
 
 
+def installed(name: str) -> str | None:
+    """The library's version, None if it cannot be imported.
+
+    Asked of the module, since the same one comes in wheels of several names (onnxruntime, onnxruntime-gpu).
+    """
+    try:
+        return str(import_module(name.replace("-", "_")).__version__)
+    except (ImportError, AttributeError):
+        return None
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
 
 
 class OrtModel:
@@ -78,12 +89,14 @@ class OrtModel:
         """Of every position: tokens i64[n, length] → f32[n, length, vocab]."""
         return self._run(tokens, tokens.shape[1], self._empty(len(tokens)))[0]
 
-    def greedy(self, prompt: Sequence[int], n_new: int) -> list[int]:
-        """The likeliest continuation, token by token with the cache."""
+    def greedy(self, prompt: Sequence[int], n_new: int, *, never: Sequence[int] = ()) -> list[int]:
+        """The likeliest continuation by `n_new` tokens that are not in `never`, one by one with the cache."""
         pasts, step, total, found = self._empty(1), list(prompt), len(prompt), []
         for _ in range(n_new):
             logits, *presents = self._run(np.array([step], np.int64), total, pasts)
-            found.append(int(logits[0, -1].argmax()))
+            last = logits[0, -1]
+            last[[token for token in never if 0 <= token < len(last)]] = -np.inf
+            found.append(int(last.argmax()))
             pasts = dict(zip(self._pasts, presents, strict=True))
             step, total = found[-1:], total + 1
         return found
@@ -107,8 +120,11 @@ class OrtModel:
 
 
 def genai_greedy(folder: Path, prompt: Sequence[int], n_new: int) -> list[int]:
-    """The likeliest continuation by ONNX Runtime GenAI; raises as OrtModel does."""
-    return _generate(folder, lambda _: list(prompt), n_new)[1]
+    """The likeliest continuation without end tokens by ONNX Runtime GenAI, `n_new` tokens; raises as OrtModel does.
+
+    Whatever penalties the package's config has, they are left out.
+    """
+    return _generate(folder, lambda _: list(prompt), n_new, is_plain=True)[1]
 
 
 def genai_sample(folder: Path, prompt: str, n_new: int) -> str:
@@ -121,14 +137,21 @@ def genai_sample(folder: Path, prompt: str, n_new: int) -> str:
     return str(_genai().Tokenizer(model).decode(tokens))
 
 
-def _generate(folder: Path, encode: Any, n_new: int) -> tuple[Any, list[int]]:
-    """(the loaded model, new tokens); ends early at an end token."""
+def _generate(folder: Path, encode: Any, n_new: int, *, is_plain: bool = False) -> tuple[Any, list[int]]:
+    """(the loaded model, new tokens); ends early at an end token.
+
+    is_plain: no penalties and no end. Before `min_length` GenAI takes the likeliest token that is no end token
+    (src/search.cpp, ApplyMinLength).
+    """
     og = _genai()
     try:
         model = og.Model(str(folder))
         prompt = encode(model)
+        length = len(prompt) + n_new
         params = og.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(prompt) + n_new, batch_size=1)
+        params.set_search_options(do_sample=False, max_length=length, batch_size=1)
+        if is_plain:
+            params.set_search_options(min_length=length, repetition_penalty=1.0)
         generator = og.Generator(model, params)
         generator.append_tokens(prompt)
         while not generator.is_done():
@@ -147,12 +170,14 @@ def _genai() -> Any:
 
 
 def _at_level(container: Container, level: int | None) -> bytes:
+    """The graph as bytes, every MatMulNBits at that level."""
     proto = onnx.ModelProto()
     proto.CopyFrom(container.proto)
     for node in proto.graph.node:
-        for attribute in node.attribute:
-            if level is not None and node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = level
+        if level is not None and node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != _LEVEL]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute(_LEVEL, level)])
     changed: bytes = proto.SerializeToString()
     return changed
 

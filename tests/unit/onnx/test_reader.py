@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -17,11 +18,12 @@ from onnx_models import write
 from random_models import as_stored, make_desc
 
 from d2qconv.errors import D2qError, VerifyError
-from d2qconv.export.base import silent
+from d2qconv.export.base import Carrier, silent
+from d2qconv.export.manifest import file_records, read_manifest, write_manifest
 from d2qconv_onnx.codec import pack
 from d2qconv_onnx.container import Span, open_model
 from d2qconv_onnx.reader import Matrix, desc_of, read_model
-from d2qconv_onnx.runtime import lacks
+from d2qconv_onnx.runtime import OrtModel, genai_greedy, lacks
 from d2qconv_onnx.verify import verify_folder
 
 
@@ -131,8 +133,34 @@ def entry(proto, key, value):
 
 
 def attribute(proto, node, name, value):
+    """Set an attribute, of whatever type the value is, or add it."""
     found = next(n for n in proto.graph.node if n.name == node)
-    next(a for a in found.attribute if a.name == name).i = value
+    kept = [a for a in found.attribute if a.name != name]
+    del found.attribute[:]
+    found.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
+def reshape(proto, name, shape, n_bytes, data_type=None):
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    tensor.ClearField("dims")
+    tensor.dims.extend(shape)
+    tensor.data_type = data_type or tensor.data_type
+    next(e for e in tensor.external_data if e.key == "length").value = str(n_bytes)
+
+
+def metadata(proto, key, value):
+    next(m for m in proto.metadata_props if m.key == key).value = value
+
+
+def rename(proto, node, name):
+    next(n for n in proto.graph.node if n.name == node).name = name
+
+
+def place_head(proto, data_file):
+    """Let the head lie at the embedding's offsets in another file."""
+    for tensor in proto.graph.initializer:
+        if tensor.name.startswith("head.weight."):
+            next(e for e in tensor.external_data if e.key == "location").value = data_file
 
 
 @pytest.mark.parametrize(
@@ -148,15 +176,137 @@ def attribute(proto, node, name, value):
         (lambda p: attribute(p, "blk.0.q", "bits", 3), "3 bits in blocks"),
         (lambda p: attribute(p, "blk.0.q", "block_size", 64), "do not fit"),
         (lambda p: attribute(p, "blk.0.q", "N", 5), "says 5"),
-        (lambda p: attribute(p, "blk.0.attention", "num_heads", 0), "do not make a decoder"),
+        (lambda p: attribute(p, "blk.0.attention", "num_heads", 0), r"\(0, 2\) heads"),
         (lambda p: p.metadata_props.pop(0) and p.metadata_props.clear(), "is of architecture ''"),
         (lambda p: p.graph.node.remove(p.graph.node[-1]), "no head"),
+        # Values that Python or numpy would stumble over.
+        (lambda p: entry(p, "location", "x" * 5000), "not there"),
+        (lambda p: entry(p, "location", "x\0"), "not there"),
+        (lambda p: attribute(p, "blk.0.q", "block_size", "32"), "block_size is no whole number"),
+        (lambda p: attribute(p, "blk.0.q", "bits", [4]), "bits is no whole number"),
+        (lambda p: attribute(p, "blk.0.q", "K", 0), "do not fit"),
+        (lambda p: attribute(p, "blk.0.attention", "num_heads", [4]), "num_heads is no whole number"),
+        (lambda p: attribute(p, "final_norm", "epsilon", float("nan")), "epsilon is no finite number"),
+        (lambda p: reshape(p, "rope.cos", [], 4), "its cos and sin are"),
+        (lambda p: reshape(p, "rope.cos", [1 << 40, 0], 0), "type or shape"),
+        (lambda p: reshape(p, "rope.cos", [1] * 70 + [256 * 32], 256 * 32 * 4), "type or shape"),
+        (lambda p: reshape(p, "blk.0.q.weight.scales", [0, 0], 0), "type or shape"),
+        (lambda p: reshape(p, "blk.0.q.weight.zeros", [256, 4], 4096, TensorProto.FLOAT), "is of float32"),
+        (lambda p: reshape(p, "final_norm.weight", [16, 16], 1024), "has 2 dimensions"),
+        (lambda p: metadata(p, "d2qconv.rope", "[" * 100_000), "not JSON"),
+        (
+            lambda p: metadata(p, "d2qconv.rope", '{"theta": 1e4, "kind": "x"}'),
+            "rotary embedding is not known",
+        ),
+        (lambda p: metadata(p, "d2qconv.rope", '{"theta": 1e4, "kind": "yarn"}'), "rotary embedding is not"),
+        (lambda p: metadata(p, "d2qconv.code_bits", '{"blk.0.q.weight": true}'), "record says True"),
+        # What logits at 48 positions would not show, or a tensor that nobody would have decoded.
+        (lambda p: attribute(p, "blk.0.attention", "local_window_size", 64), "local_window_size"),
+        (lambda p: attribute(p, "blk.1.attention", "scale", 0.2), "of 2 kinds"),
+        (lambda p: attribute(p, "blk.1.ffn_norm", "epsilon", 1e-6), "not all the same"),
+        (lambda p: rename(p, "blk.0.k", "blk.0.v"), "two nodes are called"),
+        (lambda p: p.graph.node[-1].input.append("x"), "has inputs"),
+        (lambda p: p.functions.add(), "inside its graph"),
+        (lambda p: place_head(p, "d2qconv.json"), "outside"),
     ],
 )
 def test_a_graph_that_contradicts_itself_is_refused(package, tmp_path, change, says):
     folder = changed(package, tmp_path, change)
     with pytest.raises(VerifyError, match=says):
         desc_of(read_model(open_model(folder)))
+
+
+def test_names_that_are_no_text_are_refused(package, tmp_path):
+    folder = changed(package, tmp_path, lambda _: None)
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes().replace(b"rope.cos", b"rope.c\xff\xfe"))
+    with pytest.raises(VerifyError, match="not UTF-8"):
+        read_model(open_model(folder))
+
+
+def test_a_head_in_another_file_is_not_taken_for_the_embedding(package, tmp_path):
+    folder = changed(package, tmp_path, lambda p: place_head(p, "other.data"))
+    shutil.copy(folder / "model.onnx.data", folder / "other.data")
+    model = read_model(open_model(folder))
+    assert not model.is_tied
+    assert "head.weight" in model.tensors
+    assert read_model(open_model(package[0])).is_tied
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("context_length", 4096), ("vocab_size", 8), ("type", "llama"), ("eos_token_id", "0"), ("decoder", {})],
+)
+def test_a_config_that_is_not_the_graphs_is_refused(package, tmp_path, key, value):
+    folder = changed(package, tmp_path, lambda _: None)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"][key] = value
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(VerifyError, match=key if key != "decoder" else "filename"):
+        desc_of(read_model(open_model(folder)))
+
+
+def with_new_records(folder):
+    """Let the manifest say what the files are now, so that only what is in them is judged."""
+    manifest = read_manifest(folder)
+    write_manifest(folder, msgspec.structs.replace(manifest, files=file_records(folder)))
+    return folder
+
+
+@pytest.mark.parametrize(("theta", "is_passed"), [(10000.0, True), (10000.5, False), (20000.0, False)])
+def test_cos_and_sin_are_those_of_the_rope_that_is_named(package, tmp_path, theta, is_passed):
+    rope = json.dumps({"theta": theta})
+    folder = with_new_records(changed(package, tmp_path, lambda p: metadata(p, "d2qconv.rope", rope)))
+    check = next(c for c in verify_folder(folder, silent) if c.name == "structure")
+    assert check.is_passed == is_passed, check.detail
+
+
+def test_another_machines_last_places_are_accepted(package, tmp_path):
+    folder = changed(package, tmp_path, lambda _: None)
+    for name in ("rope.cos", "rope.sin"):
+        span = open_model(folder).spans[name]
+        table = np.memmap(span.file, span.dtype, "r+", span.offset, span.shape)
+        table[:] = np.nextafter(table, np.float32(2))
+        table.flush()
+    checks = verify_folder(with_new_records(folder), silent)
+    assert all(check.is_passed for check in checks), checks
+    assert "cos and sin within" in next(c for c in checks if c.name == "structure").detail
+
+
+def test_a_model_that_ends_at_once_is_compared_all_the_same(tmp_path):
+    """This one's likeliest first token is its end token."""
+    folder = tmp_path / "p"
+    write(folder, make_desc("llama"), Carrier.BIAS, type="int2", block_size="32")
+    checks = verify_folder(folder, silent)
+    assert [c for c in checks if not c.is_passed or c.is_skipped] == []
+    prompt = [5, 6, 7]
+    free = OrtModel(folder).greedy(prompt, 8)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["eos_token_id"] = ends = [free[0], free[-1]]
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    found = OrtModel(folder).greedy(prompt, 8, never=[*ends, 100_000])
+    assert not set(ends) & set(found)
+    assert genai_greedy(folder, prompt, 8) == found
+
+
+def test_ways_of_sampling_in_the_config_do_not_count(package, tmp_path):
+    """A checkpoint's generation_config.json may ask for them, as Qwen2.5's do."""
+    folder = changed(package, tmp_path, lambda _: None)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["search"] |= {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "top_k": 99}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    checks = verify_folder(with_new_records(folder), silent)
+    assert [c for c in checks if not c.is_passed] == []
+
+
+def test_a_runtime_that_refuses_the_model_is_a_failed_check(package, tmp_path):
+    def change(proto):
+        last = next(n for n in proto.graph.node if n.op_type == "Sigmoid")
+        last.op_type, last.domain = "NobodyKnowsIt", "com.microsoft"
+
+    checks = verify_folder(with_new_records(changed(package, tmp_path, change)), silent)
+    assert [c.name for c in checks if not c.is_passed] == ["ONNX Runtime loads it"]
+    assert "NobodyKnowsIt" in checks[-1].detail
 
 
 def test_a_link_as_data_file_is_refused(package, tmp_path):

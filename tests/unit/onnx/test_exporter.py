@@ -164,10 +164,10 @@ def test_minimum_versions_follow_the_bits(tmp_path):
 
 
 def test_a_runtime_that_is_too_old_is_said_before_any_work(monkeypatch):
-    monkeypatch.setattr("d2qconv_onnx.runtime.version", lambda _: "1.22.1")
+    monkeypatch.setattr("d2qconv_onnx.runtime.installed", lambda _: "1.22.1")
     assert any("onnxruntime 1.22.1 is older than 1.28" in w for w in plan(type="int2").warnings)
     assert any("onnxruntime 1.22.1 is older than 1.23" in w for w in plan(type="int4").warnings)
-    monkeypatch.setattr("d2qconv_onnx.runtime.version", lambda _: "1.32.0")
+    monkeypatch.setattr("d2qconv_onnx.runtime.installed", lambda _: "1.32.0")
     assert plan(type="int2").warnings == ()
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from d2qconv.errors import PluginError, Refusal
 from d2qconv.grids.base import Grid
-from d2qconv.names import TensorId
+from d2qconv.names import Role, TensorId
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,15 @@ class FloatType(StrEnum):
 def type_name(storage: Grid | FloatType) -> str:
     """What a storage is called: `q2_k`, `f32`, …"""
     return storage.value if isinstance(storage, FloatType) else storage.id
+
+
+def once_a_role(found: Mapping[tuple[Role, str, str], Sequence[TensorId]]) -> list[Refusal]:
+    """One refusal for all blocks that it concerns alike. found: tensors by role, reason and way out."""
+
+    def place(role: Role, where: Sequence[TensorId]) -> str:
+        return str(where[0]) if len(where) == 1 else f"{role} of {len(where)} blocks"
+
+    return [Refusal(place(role, where), why, todo) for (role, why, todo), where in found.items()]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from d2qconv.export.base import (
     SourceFindings,
     TargetPlan,
     TensorPlan,
+    once_a_role,
     type_name,
 )
 from d2qconv.export.file_set import member
@@ -138,7 +139,9 @@ class GgufExporter:
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
         cost = f"; {widths.cost(model, asked)}" if unfit and self.options.pad == "never" else ""
-        refusals += [_unfit(role, why, todo + cost, where) for (role, why, todo), where in unfit.items()]
+        refusals += once_a_role(
+            {(role, why, todo + cost): where for (role, why, todo), where in unfit.items()}
+        )
         refusals += widths.zero_refusals(model, {t.id: t for t in tensors})
         if self.options.base_gguf is not None:
             refusals += base_gguf.refusals(self.options.base_gguf, model, layout)
@@ -278,12 +281,6 @@ def _storage(tensor: TensorId, type_map: TypeMap) -> types.Storage | None:
     if tensor.part is Part.BIAS or tensor.role in _NORMS:
         return FloatType.F32
     return types.storage(type_map.type_of(tensor))
-
-
-def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:
-    """One refusal for all blocks that it concerns alike."""
-    place = str(where[0]) if len(where) == 1 else f"{role} of {len(where)} blocks"
-    return Refusal(place, why, todo)
 
 
 def _shapes(model: ModelDesc, carrier: Carrier, layout: Layout) -> dict[TensorId, tuple[int, ...]]:

@@ -25,6 +25,7 @@ from d2qconv.export.base import (
     SourceFindings,
     TargetPlan,
     TensorPlan,
+    once_a_role,
 )
 from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
 from d2qconv.export.overrides import OverrideOption, last_that_holds
@@ -72,7 +73,7 @@ class OnnxExporter:
                     unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
                 else:
                     tensors.append(planned)
-        refusals += [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        refusals += once_a_role(unfit)
         return self._target(model, chosen, tensors, refusals)
 
     def _target(
@@ -103,7 +104,7 @@ class OnnxExporter:
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
             else:
                 tensors.append(planned)
-        refusals = [_unfit(role, why, todo, where) for (role, why, todo), where in unfit.items()]
+        refusals = once_a_role(unfit)
         return self._target(model, carrier, tensors, refusals)
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
@@ -252,12 +253,6 @@ def _adopted(tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType) 
                 return TensorPlan(tensor, name, shape, grid, types.n_bytes(grid, shape), f"holds {given.id}")
     why = f"no node of ONNX Runtime holds the values of {given.id} exactly"
     return Refusal(str(tensor), why, "use q4_0, q8_0, q2_0 or tq2_0, or quantize for ONNX by itself")
-
-
-def _unfit(role: Role, why: str, todo: str, where: Sequence[TensorId]) -> Refusal:
-    """One refusal for all blocks that it concerns alike."""
-    place = str(where[0]) if len(where) == 1 else f"{role} of {len(where)} blocks"
-    return Refusal(place, why, todo)
 
 
 def _way_out(n_in: int) -> str:

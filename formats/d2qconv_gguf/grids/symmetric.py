@@ -29,21 +29,6 @@ class SignedK(ScalarGrid):
 
     search: SymmetricShape
 
-    @property
-    def affine_grid(self) -> AffineGrid | None:
-        """Its values are an affine grid's where the levels are equal and a block has one step and no inner ones."""
-        bits = self.levels.bit_length() - 1
-        if self.table or self.block != self.group or self.group not in GROUPS or bits not in BITS:
-            return None
-        return AffineGrid(bits, self.group, "none" if self.zero == self.levels // 2 else "integer", "f16")
-
-    def affine_params(self, params: Params) -> Params:
-        """The same steps, and the zero point where it is not the middle code; see `d2qconv.grids.exact`."""
-        step = params["d"]
-        if self.zero == self.levels // 2:
-            return {"step": step}
-        return {"step": step, "zero": torch.full_like(step, self.zero, dtype=torch.uint8)}
-
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:
         """Give step = d · (sc + lowest inner integer), exact in f32."""
         sc = params["sc"][:, blocks, groups].to(torch.float32) + self.search.inner[0]

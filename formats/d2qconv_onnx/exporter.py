@@ -108,8 +108,8 @@ class OnnxExporter:
         return self._target(model, carrier, tensors, refusals)
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
-        """Whether ONNX Runtime GenAI finds a tokenizer; see `Exporter`."""
-        return SourceFindings(tuple(genai.tokenizer_refusals(checkpoint)))
+        """Whether ONNX Runtime GenAI finds a tokenizer, and takes its special tokens; see `Exporter`."""
+        return SourceFindings(tuple(genai.source_refusals(checkpoint)))
 
     def write(
         self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress

@@ -27,8 +27,19 @@ MAX_LENGTH = 4096
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def tokenizer_refusals(checkpoint: Checkpoint) -> Iterator[Refusal]:
-    """What GenAI's tokenizer cannot do without."""
+def source_refusals(checkpoint: Checkpoint) -> Iterator[Refusal]:
+    """What GenAI's tokenizer cannot do without, and special tokens that it refuses to load a model with."""
+    generation, vocab = checkpoint.json("generation_config.json") or {}, checkpoint.config.get("vocab_size")
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        beyond = [
+            i for i in _ids(generation.get(key)) if not 0 <= i < (vocab if isinstance(vocab, int) else i + 1)
+        ]
+        if beyond:
+            yield Refusal(
+                f"generation_config.json, {key}",
+                f"ONNX Runtime GenAI refuses tokens that are not in the vocabulary: {beyond[0]} of {vocab}",
+                "correct the file, or remove it",
+            )
     for name in TOKENIZER_FILES[:2]:
         if checkpoint.file(name) is None:
             yield Refusal(

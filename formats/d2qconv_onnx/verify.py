@@ -25,8 +25,9 @@ from d2qconv_onnx.runtime import OrtModel, genai_greedy, installed, lacks
 
 N_SEQUENCES, N_TOKENS, N_NEW = 2, 48, 16
 #: Largest accepted difference of a logit, over the largest logit. f32 sums in another order: 8e-7 to 8e-6 measured on
-#: 96 random models of two blocks, and no more on ones of 12 and 24 blocks: half of it is the reference's own.
-EXACT_BOUND = 1e-5
+#: 96 random models of two blocks, and no more on ones of 12 and 24 blocks: half of it is the reference's own. Ten times
+#: that, so that a wider model does not fail for its sums; what is wrong moves logits by more than a thousandth.
+EXACT_BOUND = 1e-4
 #: Largest accepted `Distance.noise` with activations rounded to int8.
 ROUNDED_BOUND = 0.10
 _SHOWN = 5

@@ -157,6 +157,19 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
     assert [r.where for r in refusals] == ["tokenizer.json", "tokenizer_config.json"]
 
 
+def test_special_tokens_that_genai_would_not_load_are_refused(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    source = Checkpoint(tmp_path, "x", "", {"vocab_size": 512}, {}, "")
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, 511], "pad_token_id": None})
+    )
+    assert OnnxExporter(OnnxOptions()).check_source(source).refusals == ()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 512]}))
+    (refusal,) = OnnxExporter(OnnxOptions()).check_source(source).refusals
+    assert "512 of 512" in refusal.why
+
+
 def test_minimum_versions_follow_the_bits(tmp_path):
     assert plan(type="int2").loads_in[0] == "onnxruntime 1.28 or newer"
     assert plan(type="int4").loads_in[0] == "onnxruntime 1.23 or newer"

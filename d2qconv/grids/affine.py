@@ -42,7 +42,8 @@ class AffineGrid:
     """`bits` per code, one parameter set per `group` columns; see the module. Equal grids are equal objects.
 
     scale: storage type of step and offset. clip: how `fit` chooses them, see `affine_fit`. is_per_channel: the group
-    is a whole row, of any length. Raises InputError for numbers that no format knows.
+    is a whole row, of any length. significand: bits of step and offset that are used, 0 for all; see `stored`.
+    Raises InputError for numbers that no format knows.
     """
 
     bits: int
@@ -51,6 +52,7 @@ class AffineGrid:
     scale: Literal["f16", "bf16", "f32"] = "f16"
     clip: Clip = "search"
     is_per_channel: bool = False
+    significand: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -74,6 +76,7 @@ class AffineGrid:
             _SHORT[self.zero],
         ]
         parts += [self.scale] * (self.scale != "f16")
+        parts += [f"s{self.significand}"] * (self.significand > 0)
         parts += [{"released": "released", "none": "unclipped"}.get(self.clip, "")] * (self.clip != "search")
         return "_".join(parts)
 
@@ -106,7 +109,7 @@ class AffineGrid:
     @property
     def storage(self) -> Storage:
         """What is stored, in torch's types."""
-        return Storage(self.levels, self.zero, _DTYPES[self.scale])
+        return Storage(self.levels, self.zero, _DTYPES[self.scale], self.significand)
 
     def accepts(self, shape: Sequence[int]) -> Refusal | None:
         """Why a matrix `[n_out, n_in]` cannot be stored on this grid, or None."""
@@ -170,7 +173,7 @@ class AffineGrid:
 
     def scale_rows(self, params: Params, scale: Tensor) -> tuple[Params, Exactness]:
         """Step and offset times scale_i, rounded to storage; see `Grid.scale_rows` and `scaled_rows`."""
-        return scaled_rows(params, self.scales, scale, self.id)
+        return scaled_rows(params, self.scales, scale, self.id, self.significand)
 
     def _f32(self, params: Params) -> tuple[Tensor, Tensor | float, Tensor | None]:
         """(step, zero, offset), f32[n_out or 1, n_blocks] each; zero a number if all share it."""

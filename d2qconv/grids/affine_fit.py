@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.grids.constants import constant
+from d2qconv.grids.scaling import stored, top
 
 Zero: TypeAlias = Literal["integer", "float", "none"]
 Clip: TypeAlias = Literal["search", "released", "none"]
@@ -65,11 +66,16 @@ _ALTERNATIONS = {"integer": 1, "float": 2, "none": 2}
 
 @dataclass(frozen=True)
 class Storage:
-    """What is stored of a group. levels: number of codes. dtype: of the step, and of the offset if zero is `float`."""
+    """What is stored of a group.
+
+    levels: number of codes. dtype: of the step, and of the offset if zero is `float`. significand: bits of theirs that
+    are used, 0 for all.
+    """
 
     levels: int
     zero: Zero
     dtype: torch.dtype
+    significand: int = 0
 
     @property
     def top(self) -> int:
@@ -79,7 +85,7 @@ class Storage:
     @property
     def largest(self) -> float:
         """Largest magnitude that a step or an offset may have: finite, and so are all decoded values in f32."""
-        return 65504.0 if self.dtype == torch.float16 else 2.0**126 / self.levels
+        return top(self.dtype, self.significand) if self.dtype == torch.float16 else 2.0**126 / self.levels
 
     @property
     def smallest(self) -> float:
@@ -88,7 +94,7 @@ class Storage:
 
     def rounded(self, x: Tensor) -> Tensor:
         """The nearest storable numbers, saturating, in storage dtype."""
-        return x.clamp(-self.largest, self.largest).to(self.dtype)
+        return stored(x.clamp(-self.largest, self.largest), self.dtype, self.significand)
 
 
 @dataclass(frozen=True)

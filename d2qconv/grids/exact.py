@@ -44,7 +44,8 @@ def holds(wide: AffineGrid, grid: Grid) -> bool:
     if narrow is None or narrow.bits != wide.bits or narrow.group % wide.group or wide.is_per_channel:
         return False
     is_zero_held = narrow.zero == wide.zero or (narrow.zero, wide.zero) == ("none", "integer")
-    return is_zero_held and narrow.scale in _HOLDS[wide.scale]
+    is_step_held = wide.significand in (0, narrow.significand)
+    return is_zero_held and is_step_held and narrow.scale in _HOLDS[wide.scale]
 
 
 def widened(grid: Grid, params: Params, wide: AffineGrid) -> Params:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.grids.affine import AffineGrid
+from d2qconv.grids.scaling import stored, top
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.ir.coded import Coded, Held, decoded
 from d2qconv.names import Role
@@ -151,7 +153,12 @@ class TrainedMatrix:
 
     def stored(self) -> Coded:
         """The matrix with every scale rounded to its storage dtype."""
-        scales = {n: to_storage(s.detach(), self.coded.params[n].dtype) for n, s in self._scales().items()}
+        grid = self.coded.grid
+        significand = grid.significand if isinstance(grid, AffineGrid) else 0
+        scales = {
+            name: to_storage(scale.detach(), self.coded.params[name].dtype, significand)
+            for name, scale in self._scales().items()
+        }
         return replace(self.coded, params={**self.coded.params, **scales})
 
     def _scales(self) -> dict[str, Tensor]:
@@ -256,7 +263,7 @@ def computed(desc: ModelDesc, block: QuantizedBlock) -> SteadyBlock:
     return SteadyBlock(desc, weights, {r: b.float() for r, b in block.biases.items()})
 
 
-def to_storage(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to nearest; what is beyond the largest finite number of the dtype becomes that. NaN stays."""
-    top = torch.finfo(dtype).max
-    return values.clamp(-top, top).to(dtype)
+def to_storage(values: Tensor, dtype: torch.dtype, significand: int = 0) -> Tensor:
+    """Rounded as `stored` does; what is beyond the largest finite number becomes that. NaN stays."""
+    largest = top(dtype, significand)
+    return stored(values.clamp(-largest, largest), dtype, significand)

@@ -6,7 +6,7 @@ to a file is what the quantizer chose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from d2qconv.grids.base import Exactness, Grid, Params, take_rows
+
+#: Values that `decoded_rows` decodes at a time.
+_PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class Coded:
         shared = {name: p.shape[0] == 1 for name, p in self.params.items()}
         params = {name: p if shared[name] else p[some] for name, p in self.params.items()}
         return replace(self, shape=(len(codes), self.shape[1]), codes=codes, params=params)
+
+    def decoded_rows(self) -> Iterator[Tensor]:
+        """The weights, f32[rows, n_in] of some rows at a time: as many as fit into a processor's cache."""
+        n_out, n_in = self.shape
+        step = max(1, _PIECE // n_in)
+        for at in range(0, n_out, step):
+            yield self.rows(slice(at, at + step)).decode()
 
     def scale_rows(self, scale: Tensor) -> tuple[Coded, Exactness]:
         """Every row i times scale_i (f32[n_out]), codes unchanged, steps rounded to storage precision."""

@@ -5,8 +5,7 @@ Matrices are read, packed and digested by several threads, with a bound on their
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 
 from d2qconv.errors import ExportError
 from d2qconv.export.base import FloatType, Progress, TensorPlan
+from d2qconv.export.planned import check_stored, digest
 from d2qconv.ir.coded import Coded
-from d2qconv.ir.model import QuantizedModel, Stored
+from d2qconv.ir.model import QuantizedModel
 from d2qconv.threads import each
 from d2qconv_onnx import codec
 
@@ -27,8 +27,6 @@ DATA = "model.onnx.data"
 ALIGNMENT = 64
 #: Bytes of tensors in memory at a time, or one tensor.
 BUDGET = 1 << 29
-#: Values that are decoded at a time: in f32 they fit into the processor's cache.
-_PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _size(plan: TensorPlan) -> int:
 def _ready(plan: TensorPlan, model: QuantizedModel) -> _Ready:
     """Read a tensor, check it against its plan, pack it, digest its values."""
     stored = model.tensors[plan.id]
-    _check(plan, stored)
+    check_stored(plan, stored)
     name = plan.stored_as
     if isinstance(stored, Coded):
         coded = stored.to("cpu")
@@ -120,37 +118,8 @@ def _ready(plan: TensorPlan, model: QuantizedModel) -> _Ready:
             f"{name}.scales": packed.scales,
             f"{name}.zeros": packed.zeros,
         }
-        return _Ready(arrays, _digest(_decoded(coded)))
+        return _Ready(arrays, digest(rows.numpy() for rows in coded.decoded_rows()))
     values = stored.load().cpu().to(torch.float32).contiguous().numpy()
     if not np.isfinite(values).all():
         raise ExportError("holds values that are not finite", where=name, todo="check the checkpoint")
-    return _Ready({name: values}, _digest([values]))
-
-
-def _decoded(coded: Coded) -> Iterator[np.ndarray]:
-    """The values, f32[rows, n_in] of some rows at a time."""
-    n_out, n_in = coded.shape
-    step = max(1, _PIECE // n_in)
-    for at in range(0, n_out, step):
-        yield coded.rows(slice(at, at + step)).decode().numpy()
-
-
-def _digest(pieces: Sequence[np.ndarray] | Iterator[np.ndarray]) -> str:
-    """SHA-256 of f32 values, little endian, row by row."""
-    sha = hashlib.sha256()
-    for piece in pieces:
-        sha.update(np.ascontiguousarray(piece, dtype="<f4").data)
-    return sha.hexdigest()
-
-
-def _check(plan: TensorPlan, stored: Stored) -> None:
-    """Raise ExportError unless a tensor has the planned storage and shape."""
-    is_coded = isinstance(stored, Coded)
-    kind = stored.grid.id if isinstance(stored, Coded) else "floats"
-    wanted = "floats" if isinstance(plan.storage, FloatType) else plan.storage.id
-    if tuple(stored.shape) != plan.shape or kind != wanted or is_coded == isinstance(plan.storage, FloatType):
-        raise ExportError(
-            f"is {kind} of shape {list(stored.shape)}, and was planned as {wanted} of {list(plan.shape)}",
-            where=plan.stored_as,
-            todo="remove the work directory and run again",
-        )
+    return _Ready({name: values}, digest([values]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,15 +25,22 @@ from d2qconv.export.base import (
     SourceFindings,
     TargetPlan,
     TensorPlan,
-    once_a_role,
 )
 from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
 from d2qconv.export.overrides import OverrideOption, last_that_holds
+from d2qconv.export.planned import (
+    adopted_shapes,
+    check_complete,
+    planned_or_refused,
+    provenance_facts,
+    shapes_with_biases,
+    tensor_facts,
+)
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
 from d2qconv.grids.exact import holds
 from d2qconv.ir.model import QuantizedModel
-from d2qconv.names import Part, Role, TensorId
+from d2qconv.names import Role, TensorId
 from d2qconv_onnx import OnnxOptions, genai, types
 from d2qconv_onnx.data import DATA, write_data
 from d2qconv_onnx.graph import Settings, build
@@ -42,8 +49,6 @@ from d2qconv_onnx.runtime import genai_sample, lacks
 from d2qconv_onnx.verify import verify_folder
 
 RULES = OverrideOption("tensor-type", tuple(types.BITS), "int4")
-#: Linears of a block: MatMulNBits has a bias input, so each may carry one.
-_LINEARS = (Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN)
 _NOTES = {
     Carrier.BIAS: "bias inputs of gate and up, exact",
     Carrier.BIASES: "a bias input of every linear in the blocks",
@@ -64,21 +69,18 @@ class OnnxExporter:
         """Every tensor's storage; see `Exporter`."""
         chosen = carrier or Carrier.BIAS
         refusals = self._option_refusals(model)
-        tensors: list[TensorPlan] = []
-        unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
-        if not refusals:
-            for tensor, shape in _shapes(model, chosen).items():
-                planned = self._tensor(tensor, shape)
-                if isinstance(planned, Refusal):
-                    unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
-                else:
-                    tensors.append(planned)
-        refusals += once_a_role(unfit)
-        return self._target(model, chosen, tensors, refusals)
+        shapes = {} if refusals else shapes_with_biases(model, chosen)
+        return self._target(model, chosen, shapes, self._tensor, refusals)
 
     def _target(
-        self, model: ModelDesc, carrier: Carrier, tensors: Sequence[TensorPlan], refusals: Sequence[Refusal]
+        self,
+        model: ModelDesc,
+        carrier: Carrier,
+        shapes: Mapping[TensorId, tuple[int, ...]],
+        choose: Callable[[TensorId, tuple[int, ...]], TensorPlan | Refusal],
+        refusals: Sequence[Refusal] = (),
     ) -> TargetPlan:
+        tensors, unfit = planned_or_refused(shapes, choose)
         return TargetPlan(
             layout=model.arch.id,
             tensors=tuple(tensors),
@@ -86,7 +88,7 @@ class OnnxExporter:
             carrier_note=_NOTES[carrier],
             loads_in=_loads_in(tensors),
             n_extra_bytes=2 * 4 * model.max_positions * (model.dims.head // 2),
-            refusals=tuple(refusals),
+            refusals=(*refusals, *unfit),
             warnings=self._warnings(tensors),
         )
 
@@ -94,18 +96,8 @@ class OnnxExporter:
         self, model: ModelDesc, carrier: Carrier, storages: Mapping[TensorId, Grid | FloatType]
     ) -> TargetPlan:
         """Blocks as large as ONNX Runtime is fast with and the given groups allow; see `Adopting`."""
-        tensors: list[TensorPlan] = []
-        unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
-        shapes = _shapes(model, Carrier.NONE)
-        shapes |= {t: (shapes[TensorId(t.role, t.block)][0],) for t in storages if t not in shapes}
-        for tensor, shape in _in_order(shapes).items():
-            planned = _adopted(tensor, shape, storages[tensor])
-            if isinstance(planned, Refusal):
-                unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
-            else:
-                tensors.append(planned)
-        refusals = once_a_role(unfit)
-        return self._target(model, carrier, tensors, refusals)
+        shapes = adopted_shapes(model, storages)
+        return self._target(model, carrier, shapes, lambda t, shape: _adopted(t, shape, storages[t]))
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
         """Whether ONNX Runtime GenAI finds a tokenizer, and takes its special tokens; see `Exporter`."""
@@ -117,13 +109,7 @@ class OnnxExporter:
         """Write the folder's files into `path`, which is there and empty; see `Exporter`."""
         if plan.refusals:
             raise ExportError("this plan was refused", where=str(path))
-        missing = [str(t.id) for t in plan.tensors if t.id not in model.tensors]
-        extra = [str(i) for i in model.tensors if i not in plan.by_id]
-        if missing or extra:
-            raise ExportError(
-                "the quantized model is not what was planned: "
-                f"missing {missing or 'none'}, unplanned {extra or 'none'}"
-            )
+        check_complete(model, plan)
         data = write_data(path / DATA, model, plan.tensors, _rope_tables(model.desc), progress)
         graph = build(model.desc, plan, data.places, Settings(__version__, self.options.exact))
         ir.save(graph, path / genai.MODEL)
@@ -135,9 +121,9 @@ class OnnxExporter:
             version=__version__,
             files=files,
             decoded_sha256=dict(data.decoded_sha256),
-            provenance=_provenance(model),
+            provenance=provenance_facts(model),
             requires=_requires(plan.tensors),
-            facts=_facts(model.desc, plan),
+            facts=tensor_facts(model.desc, plan),
         )
         write_manifest(path, manifest)
         return Package(path, sum(record.n_bytes for record in files.values()), data.decoded_sha256)
@@ -212,33 +198,6 @@ class OnnxExporter:
         return tuple(found)
 
 
-def _shapes(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...]]:
-    """Every tensor of the package in the order of its use: those of the checkpoint, and biases that carry means."""
-    shapes = {tensor: dense.shape for tensor, dense in model.tensors.items()}
-    coupling = model.arch.coupling("shift", Role.FFN_NORM)
-    roles: Sequence[Role] = ()
-    if carrier is Carrier.BIAS and coupling is not None:
-        roles = coupling.absorbs
-    elif carrier is Carrier.BIASES:
-        roles = _LINEARS
-    for block in range(model.dims.n_layers):
-        for role in roles:
-            shapes.setdefault(TensorId(role, block, Part.BIAS), (shapes[TensorId(role, block)][0],))
-    return _in_order(shapes)
-
-
-def _in_order(shapes: Mapping[TensorId, tuple[int, ...]]) -> dict[TensorId, tuple[int, ...]]:
-    """Embedding, blocks as they run, final norm, head."""
-    order = list(Role)
-
-    def place(tensor: TensorId) -> tuple[bool, int, int, bool]:
-        block = -1 if tensor.block is None else tensor.block
-        is_last = tensor.role in (Role.FINAL_NORM, Role.HEAD)
-        return is_last, block, order.index(tensor.role), tensor.part is Part.BIAS
-
-    return {tensor: shapes[tensor] for tensor in sorted(shapes, key=place)}
-
-
 def _adopted(tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType) -> TensorPlan | Refusal:
     """A tensor on the grid that holds `given`'s values, in the largest blocks."""
     name = stored_name(tensor)
@@ -287,32 +246,3 @@ def _rope_tables(desc: ModelDesc) -> dict[str, np.ndarray]:
     half = desc.dims.head // 2
     cos, sin = cos_sin(desc.rope, desc.dims.head, range(desc.max_positions), "cpu")
     return {ROPE_COS: cos[:, :half].contiguous().numpy(), ROPE_SIN: sin[:, :half].contiguous().numpy()}
-
-
-def _provenance(model: QuantizedModel) -> dict[str, str]:
-    about = model.provenance
-    found = {
-        "fingerprint": about.fingerprint,
-        "source": about.source,
-        "source_license": about.source_license,
-        "recipe": about.recipe,
-        "calibration": about.calibration,
-    }
-    return found | {f"carrier.{kind}": carried for kind, carried in about.carriers.items()}
-
-
-def _facts(desc: ModelDesc, plan: TargetPlan) -> dict[str, str | int | float]:
-    """What a person wants to know of the package."""
-    counts: dict[str, int] = {}
-    for planned in plan.tensors:
-        counts[planned.type_name] = counts.get(planned.type_name, 0) + 1
-    weights = sum(int(np.prod(t.shape)) for t in plan.tensors)
-    return {
-        "architecture": desc.arch.id,
-        "blocks": desc.dims.n_layers,
-        "context_length": desc.max_positions,
-        "hidden": desc.dims.hidden,
-        "vocab": desc.dims.vocab,
-        "tensors": ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
-        "bits_per_weight": round(8 * sum(t.n_bytes for t in plan.tensors) / weights, 4),
-    }

@@ -1,0 +1,423 @@
+"""The exporters of Hugging Face folders: plan, write, verify. See `d2qconv.export.base.Exporter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from d2qconv import __version__
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import parse_size
+from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.errors import ExportError, InputError, Refusal
+from d2qconv.export.base import (
+    Carrier,
+    Check,
+    FloatType,
+    Package,
+    Progress,
+    SourceFindings,
+    TargetPlan,
+    TensorPlan,
+)
+from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
+from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
+from d2qconv.export.planned import (
+    LINEARS,
+    adopted_shapes,
+    check_complete,
+    check_stored,
+    digest,
+    planned_or_refused,
+    provenance_facts,
+    shapes_with_biases,
+    tensor_facts,
+)
+from d2qconv.grids.affine import AffineGrid
+from d2qconv.grids.base import Grid
+from d2qconv.grids.exact import as_affine, holds
+from d2qconv.ir.coded import Coded
+from d2qconv.ir.model import QuantizedModel
+from d2qconv.names import Part, Role, TensorId
+from d2qconv.threads import each
+from d2qconv_hf import HfOptions, compatibility, types
+from d2qconv_hf.config import LABELS, Labelled, labelled, package_config
+from d2qconv_hf.dialects.base import Array, Content, Dialect, Scheme
+from d2qconv_hf.dialects.compressed_tensors import CompressedTensors
+from d2qconv_hf.dialects.gptq import AutoRound, Gptq
+from d2qconv_hf.dialects.mlx import Mlx
+from d2qconv_hf.shards import ShardWriter, split, write_index
+from d2qconv_hf.verify import verify_folder
+
+RULES = OverrideOption("tensor-type", (*types.BITS, types.FLOAT), "int4")
+#: Carried byte for byte where the checkpoint has them.
+SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE"),
+)
+#: Bytes of tensors in memory at a time, or one tensor.
+BUDGET = 1 << 29
+
+
+@dataclass(frozen=True)
+class HfExporter:
+    """Writes a folder in one dialect. options: see `HfOptions`."""
+
+    dialect: ClassVar[Dialect]
+    options: HfOptions
+
+    def plan(self, model: ModelDesc, carrier: Carrier | None) -> TargetPlan:
+        """Every tensor's storage; see `Exporter`."""
+        chosen = carrier or (Carrier.BIAS if self._has_place(model) else Carrier.RANK1)
+        refusals = self._option_refusals(model) + self._carrier_refusals(model, chosen)
+        shapes = {} if refusals else shapes_with_biases(model, chosen)
+        return self._target(model, chosen, shapes, lambda t, shape: self._tensor(model, t, shape), refusals)
+
+    def plan_adopted(
+        self, model: ModelDesc, carrier: Carrier, storages: Mapping[TensorId, Grid | FloatType]
+    ) -> TargetPlan:
+        """The groups of the other format, with zero points where it has them; see `Adopting`."""
+        refusals = self._carrier_refusals(model, carrier)
+        shapes = {} if refusals else adopted_shapes(model, storages)
+        return self._target(
+            model, carrier, shapes, lambda t, shape: self._adopted(model, t, shape, storages[t]), refusals
+        )
+
+    def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
+        """Whether a tokenizer comes with the checkpoint; see `Exporter`."""
+        if any(checkpoint.file(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return SourceFindings()
+        return SourceFindings(warnings=("the checkpoint has no tokenizer, and the package will have none",))
+
+    def write(
+        self, model: QuantizedModel, checkpoint: Checkpoint, plan: TargetPlan, path: Path, progress: Progress
+    ) -> Package:
+        """Write the folder's files into `path`, which is there and empty; see `Exporter`."""
+        if plan.refusals:
+            raise ExportError("this plan was refused", where=str(path))
+        check_complete(model, plan)
+        label = _label_of(model.desc, plan.tensors)
+        digests = self._write_weights(model, plan, label, path, progress)
+        config = package_config(
+            model.desc,
+            checkpoint.config,
+            label.label,
+            self.dialect.config(self._content(model.desc, plan.tensors)),
+            self.options.dtype,
+        )
+        _write_json(path / "config.json", config)
+        for name in SIDE_FILES:
+            source = checkpoint.file(name)
+            if source is not None:
+                (path / name).write_bytes(source.read_bytes())
+        files = file_records(path)
+        manifest = Manifest(
+            format=self.dialect.facts.name,
+            version=__version__,
+            files=files,
+            decoded_sha256=digests,
+            provenance=provenance_facts(model),
+            requires=self._requires(label),
+            facts=tensor_facts(model.desc, plan) | {"dtype": self.options.dtype},
+        )
+        write_manifest(path, manifest)
+        return Package(path, sum(record.n_bytes for record in files.values()), digests)
+
+    def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
+        """Decode with a reader of its own, then compare with the dialect's runtime; see `Exporter`."""
+        return verify_folder(path, self.dialect.facts, progress)
+
+    def inspect(self, path: Path) -> Mapping[str, Any]:
+        """The manifest's facts; see `Exporter`."""
+        manifest = read_manifest(path)
+        return {
+            **manifest.facts,
+            "files": len(manifest.files),
+            "file_bytes": sum(record.n_bytes for record in manifest.files.values()),
+            "requires": manifest.requires,
+            "provenance": manifest.provenance,
+        }
+
+    def _target(
+        self,
+        model: ModelDesc,
+        carrier: Carrier,
+        shapes: Mapping[TensorId, tuple[int, ...]],
+        choose: Callable[[TensorId, tuple[int, ...]], TensorPlan | Refusal],
+        refusals: Sequence[Refusal],
+    ) -> TargetPlan:
+        tensors, unfit = planned_or_refused(shapes, choose)
+        label = _label_of(model, tensors)
+        content = self._content(model, tensors)
+        together = [] if refusals or unfit else self._refuse_all(content)
+        size = types.FLOATS[self.options.dtype].dtype.itemsize
+        asked = compatibility.Asked.of(self.dialect.facts.name, content, label)
+        return TargetPlan(
+            layout=label.model_type,
+            tensors=tuple(tensors),
+            carrier=carrier,
+            carrier_note=_carrier_note(model, carrier, label),
+            loads_in=compatibility.loads_in(asked) if tensors else (),
+            n_extra_bytes=size * sum(label.zeros.values()),
+            refusals=(*refusals, *unfit, *together),
+            warnings=compatibility.warnings(asked) if tensors else (),
+        )
+
+    def _refuse_all(self, content: Content) -> list[Refusal]:
+        if not content.schemes:
+            why = "no matrix would be quantized"
+            return [Refusal("option tensor-type", why, "give some matrices another type than float")]
+        return self.dialect.refuse_all(content)
+
+    def _option_refusals(self, model: ModelDesc) -> list[Refusal]:
+        """What of the options cannot be meant."""
+        o = self.options
+        allowed = {
+            "type": tuple(types.BITS),
+            "group_size": (*types.GROUPS, types.CHANNEL),
+            "zero": ("auto", "integer", "none"),
+            "dtype": tuple(types.FLOATS),
+        }
+        found = [
+            Refusal(
+                f"option {name.replace('_', '-')}",
+                f"{getattr(o, name)!r} is not a choice",
+                f"use one of {', '.join(values)}",
+            )
+            for name, values in allowed.items()
+            if getattr(o, name) not in values
+        ]
+        try:
+            parse_size(o.max_shard_size, "option max-shard-size")
+        except InputError as error:
+            found.append(Refusal(error.where, error.what, error.todo))
+        return found + RULES.refusals(o.tensor_type, model)
+
+    def _has_place(self, model: ModelDesc) -> bool:
+        """Whether the dialect's runtime has a class for this architecture with biases of gate and up."""
+        label = LABELS.get(model.arch.model_type)
+        return label is not None and label.model_type in self.dialect.facts.biases
+
+    def _carrier_refusals(self, model: ModelDesc, carrier: Carrier) -> list[Refusal]:
+        """Biases that the runtime would drop."""
+        if carrier is Carrier.BIASES:
+            why = "transformers has no class of this model with a bias at every linear"
+            return [Refusal("option carrier", why, "use bias, rank1 or none")]
+        if carrier is Carrier.BIAS and not self._has_place(model):
+            runtime = self.dialect.facts.runtime
+            why = f"{runtime} has no class of {model.arch.id} with biases of gate and up, and would drop them"
+            return [Refusal("option carrier", why, "use rank1")]
+        return []
+
+    @cached_property
+    def _overrides(self) -> tuple[Override, ...]:
+        return RULES.overrides(self.options.tensor_type)
+
+    def _type_of(self, tensor: TensorId) -> str:
+        rule = last_that_holds(self._overrides, tensor)
+        if rule is not None:
+            return rule.type
+        return self.options.type if tensor.role in LINEARS else types.FLOAT
+
+    def _zero(self, model: ModelDesc) -> types.Kind:
+        """The kind of zero points that `auto` means."""
+        if self.options.zero != "auto":
+            return self.options.zero
+        names = {self._type_of(t) for t in model.tensors if t.role in LINEARS and t.part is Part.WEIGHT}
+        names -= {types.FLOAT}
+        is_mixed = len(names) > 1 and isinstance(self.dialect, CompressedTensors)
+        return "integer" if names <= {"int2", "int3"} and not is_mixed else "none"
+
+    def _tensor(self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
+        name = self._type_of(tensor)
+        if len(shape) == 1 or name == types.FLOAT:
+            return self._float(model, tensor, shape)
+        if tensor.role not in LINEARS:
+            return Refusal(
+                str(tensor), "embedding and head stay float in these folders", "leave the rule out"
+            )
+        grid = types.grid(name, self.options.group_size, shape[1], self._zero(model), self.options.dtype)
+        return self._coded(model, tensor, shape, grid)
+
+    def _coded(
+        self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], grid: AffineGrid, note: str = ""
+    ) -> TensorPlan | Refusal:
+        refusal = grid.accepts(shape) or self.dialect.refuse(grid, shape)
+        if refusal is not None:
+            return Refusal(
+                refusal.where, refusal.why, refusal.todo.replace("use groups of", "use --group-size")
+            )
+        module = module_name(model, tensor)
+        n_bytes = sum(a.n_bytes for a in self.dialect.layout(module, grid, (shape[0], shape[1])).values())
+        return TensorPlan(tensor, f"{module}.weight", shape, grid, n_bytes, note)
+
+    def _float(self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan:
+        storage = types.FLOATS[self.options.dtype]
+        n = 1
+        for size in shape:
+            n *= size
+        name = f"{module_name(model, tensor)}.{tensor.part}"
+        return TensorPlan(tensor, name, shape, storage, storage.dtype.itemsize * n)
+
+    def _adopted(
+        self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType
+    ) -> TensorPlan | Refusal:
+        """A tensor on the grid that holds `given`'s values; embedding and head as floats."""
+        if len(shape) == 1 or isinstance(given, FloatType):
+            return self._float(model, tensor, shape)
+        narrow = as_affine(given)
+        if tensor.role not in LINEARS:
+            why = f"embedding and head stay float here, which {given.id} is not"
+            return Refusal(str(tensor), why, "store them as f16 in the other format")
+        if narrow is not None and narrow.zero != "float" and narrow.scale == "f16":
+            wide = AffineGrid(
+                narrow.bits,
+                narrow.group,
+                narrow.zero,
+                "f16",
+                is_per_channel=narrow.is_per_channel,
+                significand=narrow.significand,
+            )
+            if holds(wide, given):
+                return self._coded(model, tensor, shape, wide, f"holds {given.id}")
+        why = f"no layout of {self.dialect.facts.name} holds the values of {given.id} exactly"
+        return Refusal(str(tensor), why, "use a type with f16 steps, such as q4_0")
+
+    def _content(self, model: ModelDesc, tensors: Sequence[TensorPlan]) -> Content:
+        linears = {
+            module_name(model, t.id): Scheme.of(t.storage) if isinstance(t.storage, AffineGrid) else None
+            for t in tensors
+            if t.id.role in LINEARS and t.id.part is Part.WEIGHT
+        }
+        head = next((t.stored_as for t in tensors if t.id.role is Role.HEAD), "")
+        return Content(linears, head.removesuffix(".weight"))
+
+    def _requires(self, label: Labelled) -> dict[str, str]:
+        """First versions that load the package."""
+        facts = self.dialect.facts
+        found = {facts.runtime: facts.version}
+        if label.label is not None and facts.runtime != "mlx-lm":
+            found["transformers"] = label.label.transformers
+        return found
+
+    def _write_weights(
+        self, model: QuantizedModel, plan: TargetPlan, label: Labelled, path: Path, progress: Progress
+    ) -> dict[str, str]:
+        """Write all shards; returns the digests of the decoded values by name."""
+        arrays = self._layout(model.desc, plan, label)
+        shards = split(arrays, parse_size(self.options.max_shard_size, "option max-shard-size"))
+        dtype = types.FLOATS[self.options.dtype].dtype
+        digests: dict[str, str] = {}
+        with ExitStack() as stack:
+            writer = ShardWriter(path, shards, stack)
+            done = each(
+                plan.tensors,
+                lambda planned: self._ready(model, planned, dtype),
+                cost=lambda planned: 8 * planned.n_bytes,
+                budget=BUDGET,
+                in_order=True,
+            )
+            with closing(done):
+                for number, (tensors, sha256) in done:
+                    planned = plan.tensors[number]
+                    progress(number, len(plan.tensors), f"write {planned.stored_as}")
+                    for name, tensor in tensors.items():
+                        writer.add(name, tensor)
+                    digests[planned.stored_as] = sha256
+            for tensor_id, n in label.zeros.items():
+                writer.add(_stored_name(model.desc, tensor_id), torch.zeros(n, dtype=dtype))
+        write_index(path, shards)
+        return digests
+
+    def _layout(self, desc: ModelDesc, plan: TargetPlan, label: Labelled) -> dict[str, Array]:
+        """Every array of the package in its order."""
+        dtype = types.FLOATS[self.options.dtype].dtype
+        found: dict[str, Array] = {}
+        for planned in plan.tensors:
+            if isinstance(planned.storage, AffineGrid):
+                shape = planned.shape[0], planned.shape[1]
+                found |= self.dialect.layout(module_name(desc, planned.id), planned.storage, shape)
+            else:
+                found[planned.stored_as] = Array(dtype, planned.shape)
+        return found | {_stored_name(desc, t): Array(dtype, (n,)) for t, n in label.zeros.items()}
+
+    def _ready(
+        self, model: QuantizedModel, planned: TensorPlan, dtype: torch.dtype
+    ) -> tuple[dict[str, Tensor], str]:
+        """A tensor's arrays and the digest of its values; raises ExportError for what the type cannot hold."""
+        stored = model.tensors[planned.id]
+        check_stored(planned, stored)
+        if isinstance(stored, Coded):
+            coded = stored.to("cpu")
+            arrays = self.dialect.arrays(module_name(model.desc, planned.id), coded)
+            return arrays, digest(rows.numpy() for rows in coded.decoded_rows())
+        values = stored.load().cpu().to(dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise ExportError(
+                f"holds values that {self.options.dtype} does not",
+                where=planned.stored_as,
+                todo="add --dtype bfloat16, or check the checkpoint",
+            )
+        return {planned.stored_as: values}, digest([values.float().numpy()])
+
+
+class CompressedTensorsExporter(HfExporter):
+    """`to-safetensors`."""
+
+    dialect = CompressedTensors()
+
+
+class AutoRoundExporter(HfExporter):
+    """`to-auto-round`."""
+
+    dialect = AutoRound()
+
+
+class GptqExporter(HfExporter):
+    """`to-gptq`."""
+
+    dialect = Gptq()
+
+
+class MlxExporter(HfExporter):
+    """`to-mlx`."""
+
+    dialect = Mlx()
+
+
+def module_name(model: ModelDesc, tensor: TensorId) -> str:
+    """The checkpoint's name of a tensor's module: `model.layers.0.mlp.up_proj`."""
+    site = model.arch.site(tensor.role)
+    assert site is not None, f"{model.arch.id} has no {tensor.role}"
+    return site.module.format(i=tensor.block)
+
+
+def _stored_name(model: ModelDesc, tensor: TensorId) -> str:
+    return f"{module_name(model, tensor)}.{tensor.part}"
+
+
+def _label_of(model: ModelDesc, tensors: Sequence[TensorPlan]) -> Labelled:
+    """The label that the planned biases need."""
+    return labelled(model, any(t.id.part is Part.BIAS and t.id not in model.tensors for t in tensors))
+
+
+def _carrier_note(model: ModelDesc, carrier: Carrier, label: Labelled) -> str:
+    if carrier is Carrier.RANK1:
+        return "rank-1 change of gate and up before quantization, no extra tensor"
+    if carrier is not Carrier.BIAS:
+        return "not carried"
+    same = label.model_type == model.arch.model_type
+    return "mlp_bias, exact" if same else f"mlp_bias, exact; relabelled as {label.model_type}"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

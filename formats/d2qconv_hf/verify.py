@@ -1,0 +1,93 @@
+"""Is a written folder what the quantizer made, and does its runtime compute with it what it says?"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.errors import VerifyError
+from d2qconv.evaluate.agreement import distance
+from d2qconv.evaluate.reference import logits as reference_logits
+from d2qconv.export.base import Check, Progress
+from d2qconv.export.manifest import Manifest, files_check, read_manifest
+from d2qconv.export.planned import digest
+from d2qconv.threads import each
+from d2qconv_hf import runtime
+from d2qconv_hf.container import open_folder
+from d2qconv_hf.dialects.base import Facts
+from d2qconv_hf.reader import Model, read_model
+
+N_SEQUENCES, N_TOKENS = 2, 48
+_SHOWN = 5
+
+
+def verify_folder(path: Path, facts: Facts, progress: Progress) -> list[Check]:
+    """All checks of one package; see `Exporter.verify`. The runtime sees it only if the others passed."""
+    manifest = read_manifest(path)
+    checks = [files_check(path, manifest)]
+    model = read_model(open_folder(path), str(manifest.facts.get("architecture")))
+    checks += [_record_check(model, manifest, progress)]
+    if not all(check.is_passed for check in checks):
+        return checks
+    return [*checks, _runtime_check(path, model, facts, progress)]
+
+
+def _record_check(model: Model, manifest: Manifest, progress: Progress) -> Check:
+    """Every tensor decoded from its bytes has the digest that the quantizer's own decoding had."""
+    recorded = manifest.decoded_sha256
+    matrices, floats = list(model.matrices), list(model.floats)
+    found: dict[str, str] = {}
+    n_values = 0
+    jobs = [(name, model.matrices.get(name)) for name in (*matrices, *floats)]
+
+    def work(job: tuple[str, object]) -> tuple[str, bool, int]:
+        name, _ = job
+        matrix = model.matrices.get(name)
+        values = matrix.decode() if matrix is not None else model.folder.span(name).floats()
+        return digest([values]), bool(values.any()), values.size
+
+    with closing(each(jobs, work, cost=lambda _: 0, budget=0, in_order=False)) as done:
+        for number, (sha256, is_something, size) in done:
+            name = jobs[number][0]
+            progress(len(found), len(jobs), f"decode {name}")
+            # Zero biases are there for a label's sake, and no record is kept of them.
+            if name in recorded or is_something or not name.endswith(".bias"):
+                found[name] = sha256
+                n_values += size
+    wrong = [name for name in found if recorded.get(name) != found[name]] + sorted(set(recorded) - set(found))
+    good = f"{len(found)} tensors, {n_values:,} values, bit for bit equal when decoded by a reader of its own"
+    bad = f"{len(wrong)} of {len(recorded)} tensors differ from their record: {', '.join(wrong[:_SHOWN])}"
+    return Check("decoded values", bad if wrong else good, not wrong)
+
+
+def _runtime_check(path: Path, model: Model, facts: Facts, progress: Progress) -> Check:
+    """Logits of the runtime against the float reference of the decoded weights."""
+    name = f"{facts.runtime} computes it"
+    absent = runtime.missing(facts.name)
+    if absent:
+        return Check(name, f"{absent}; not checked", True, is_skipped=True)
+    tokens = _tokens(model.desc)
+    progress(0, 2, "float reference")
+    wanted = reference_logits(model.desc, torch.from_numpy(tokens), device="cpu").numpy()
+    progress(1, 2, facts.runtime)
+    try:
+        seen = runtime.logits(facts.name, path, tokens)
+    except VerifyError as error:
+        return Check(name, error.what, False)
+    near = distance(wanted, seen)
+    detail = (
+        f"{runtime.versions(facts.name)}: largest difference of a logit {near.largest:.2e} of the largest logit "
+        f"(allowed {facts.bound:g}) over {near.n_positions} positions"
+    )
+    return Check(name, detail, near.largest <= facts.bound)
+
+
+def _tokens(desc: ModelDesc) -> np.ndarray:
+    """Random tokens, i64[N_SEQUENCES, length]."""
+    random = np.random.default_rng(0)
+    length = min(N_TOKENS, desc.max_positions)
+    return random.integers(0, desc.dims.vocab, (N_SEQUENCES, length)).astype(np.int64)

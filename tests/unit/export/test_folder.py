@@ -116,6 +116,7 @@ def test_a_kill_between_renames_is_mended_by_the_next_run(tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename_until)
         patch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(module, "_put_away", lambda *_: None)
         with pytest.raises(KillError):
             make(out, "new", overwrite=True)
     check_folder(out, True)
@@ -125,6 +126,109 @@ def test_a_kill_between_renames_is_mended_by_the_next_run(tmp_path, monkeypatch,
     make(out, "newest", overwrite=True)
     assert content(out) == "newest"
     assert names(tmp_path) == ["p"]
+
+
+def left_by_a_kill(tmp_path):
+    """Between its renames: the older package has no name but this one."""
+    older = tmp_path / ".p.d2qconv-replaced"
+    make(tmp_path / "p", "old")
+    (tmp_path / "p").rename(older)
+    return older
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_does_not_cost_the_older_package(tmp_path, overwrite):
+    left_by_a_kill(tmp_path)
+    (tmp_path / "p").mkdir()
+    if overwrite:
+        check_folder(tmp_path / "p", True)
+    else:
+        with pytest.raises(InputError, match="the output exists"):
+            check_folder(tmp_path / "p", False)
+    assert content(tmp_path / "p") == "old"
+    assert names(tmp_path) == ["p"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "broken link"])
+def test_what_took_the_name_of_the_older_package_costs_neither(tmp_path, kind):
+    older, out = left_by_a_kill(tmp_path), tmp_path / "p"
+    elsewhere = tmp_path / "elsewhere"
+    make(elsewhere, "theirs")
+    if kind == "file":
+        out.write_text("x")
+    elif kind == "folder":
+        out.mkdir()
+        (out / "letter").write_text("dear")
+    else:
+        out.symlink_to(tmp_path / "nowhere" if kind == "broken link" else elsewhere)
+    before = names(tmp_path)
+    with pytest.raises(InputError, match="a killed run left") as caught:
+        make(out, "new", overwrite=True)
+    assert older.name in caught.value.todo
+    assert names(tmp_path) == before
+    assert content(older) == "old"
+    out.rename(tmp_path / "away")
+    check_folder(out, True)
+    assert content(out) == "old"
+
+
+def test_folders_of_somebody_else_are_left_alone(tmp_path):
+    theirs = [tmp_path / ".p.replaced", tmp_path / ".p.removed"]
+    for folder in theirs:
+        folder.mkdir()
+        fill(folder, "theirs")
+    make(tmp_path / "p", "old")
+    make(tmp_path / "p", "new", overwrite=True)
+    assert [content(folder) for folder in theirs] == ["theirs"] * 2
+
+
+@pytest.mark.parametrize("name", [".p.d2qconv-replaced", ".p.d2qconv-removed"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_has_our_names_and_is_no_package_is_refused_and_kept(tmp_path, name, kind):
+    make(tmp_path / "p", "old")
+    make(tmp_path / "elsewhere", "theirs")
+    left = tmp_path / name
+    if kind == "file":
+        left.write_text("x")
+    elif kind == "folder":
+        left.mkdir()
+        (left / "letter").write_text("dear")
+    else:
+        left.symlink_to(tmp_path / "elsewhere")
+    before = names(tmp_path)
+    with pytest.raises(InputError, match="no package of its own"):
+        make(tmp_path / "p", "new", overwrite=True)
+    assert names(tmp_path) == before
+    assert [content(tmp_path / n) for n in ("p", "elsewhere")] == ["old", "theirs"]
+    assert kind != "folder" or (left / "letter").read_text() == "dear"
+
+
+@pytest.mark.parametrize("left", [("model", MANIFEST), (MANIFEST,), ()])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_half_removed_package_is_removed_and_never_given_a_name(tmp_path, left, is_there):
+    out, going = tmp_path / "p", tmp_path / ".p.d2qconv-removed"
+    make(going, "old")
+    for name in {"model", MANIFEST} - set(left):
+        (going / name).unlink()
+    if is_there:
+        make(tmp_path / "new", "new")
+        (tmp_path / "new").rename(out)
+    check_folder(out, True)
+    assert names(tmp_path) == (["p"] if is_there else [])
+    assert not is_there or content(out) == "new"
+
+
+def test_an_older_package_goes_file_by_file_its_manifest_last(tmp_path, monkeypatch):
+    make(tmp_path / "p", "old")
+    gone, unlink = [], Path.unlink
+
+    def watched(self, **options):
+        gone.append((self.parent.name, self.name))
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    make(tmp_path / "p", "new", overwrite=True)
+    assert gone == [(".p.d2qconv-removed", "model"), (".p.d2qconv-removed", MANIFEST)]
 
 
 def test_another_process_that_was_faster_keeps_its_output(tmp_path):

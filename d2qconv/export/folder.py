@@ -127,9 +127,18 @@ def _publish(partial: Path, final: Path, overwrite: bool) -> None:
                 todo="name another folder with -o",
             )
         final.rename(_replaced(final))
-        sync_folder(final.parent)
-    # Onto an empty folder or none.
-    partial.rename(final)
+        try:
+            sync_folder(final.parent)
+            partial.rename(final)
+        except BaseException:
+            # Fails only if somebody took the name meanwhile; then the next run tells.
+            with suppress(OSError):
+                _replaced(final).rename(final)
+                sync_folder(final.parent)
+            raise
+    else:
+        # Onto an empty folder or none.
+        partial.rename(final)
     sync_folder(final.parent)
     # The new package is in its place whatever becomes of this; what is left, the next run removes.
     with suppress(OSError):

@@ -128,6 +128,25 @@ def test_a_kill_between_renames_is_mended_by_the_next_run(tmp_path, monkeypatch,
     assert names(tmp_path) == ["p"]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_run_that_lives_gives_the_older_package_its_name_back(tmp_path, monkeypatch, error):
+    out = tmp_path / "p"
+    make(out, "old")
+    rename = Path.rename
+
+    def rename_but_the_new_one(self, target):
+        if self == partial_name(out):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_but_the_new_one)
+    expected = ExportError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        make(out, "new", overwrite=True)
+    assert content(out) == "old"
+    assert names(tmp_path) == ["p"]
+
+
 def left_by_a_kill(tmp_path):
     """Between its renames: the older package has no name but this one."""
     older = tmp_path / ".p.d2qconv-replaced"

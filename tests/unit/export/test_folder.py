@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -29,8 +30,11 @@ class KillError(BaseException):
 
 def fill(folder, text):
     (folder / "model").write_text(text)
-    manifest = Manifest("toy", "0", file_records(folder), {}, {}, {}, {})
-    write_manifest(folder, manifest)
+    fill_manifest(folder)
+
+
+def fill_manifest(folder):
+    write_manifest(folder, Manifest("toy", "0", file_records(folder), {}, {}, {}, {}))
 
 
 def make(path, text, **options):
@@ -262,14 +266,51 @@ def test_another_process_that_was_faster_keeps_its_output(tmp_path):
     assert content(tmp_path / "p") == "fast"
 
 
+def become_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def become_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def become_a_link(path):
+    """To a file of the same content."""
+    path.rename(path.parent.with_name("elsewhere"))
+    path.symlink_to(path.parent.with_name("elsewhere"))
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("become", [become_a_pipe, become_a_folder, become_a_link])
+def test_what_is_no_regular_file_is_not_recorded(tmp_path, become):
+    def write():
+        with atomic_folder(tmp_path / "p") as partial:
+            (partial / "good").write_text("x")
+            (partial / "model").write_text("x")
+            become(partial / "model")
+            fill_manifest(partial)
+
+    with pytest.raises(ExportError, match="no regular files: model"):
+        write()
+    assert "p" not in names(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda p: (p / "model").write_text("other"),
         lambda p: (p / "model").unlink(),
         lambda p: (p / "more").write_text("x"),
+        lambda p: become_a_pipe(p / "model"),
+        lambda p: become_a_folder(p / "model"),
+        lambda p: become_a_link(p / "model"),
+        lambda p: os.mkfifo(p / "more"),
+        lambda p: (p / "more").symlink_to(p / "model"),
     ],
 )
+@pytest.mark.timeout(10)
 def test_files_that_changed_are_found(tmp_path, change):
     make(tmp_path / "p", "new")
     manifest = read_manifest(tmp_path / "p")

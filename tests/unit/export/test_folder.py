@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 from d2qconv.errors import ExportError, InputError, VerifyError
-from d2qconv.export import folder as module
 from d2qconv.export.discover import Found, for_file
 from d2qconv.export.folder import atomic_folder, check_folder
 from d2qconv.export.manifest import (
@@ -22,10 +24,6 @@ from d2qconv.export.manifest import (
     write_manifest,
 )
 from d2qconv.export.package import partial_name
-
-
-class KillError(BaseException):
-    """The process ends here."""
 
 
 def fill(folder, text):
@@ -101,35 +99,95 @@ def test_a_full_disk_is_seen_before_any_work(tmp_path):
         check_folder(tmp_path / "p", False, 1 << 60)
 
 
-@pytest.mark.parametrize("at", [1, 2])
-@pytest.mark.parametrize("is_after", [False, True])
-def test_a_kill_between_renames_is_mended_by_the_next_run(tmp_path, monkeypatch, at, is_after):
-    out = tmp_path / "p"
-    make(out, "old")
-    calls, rename = [], Path.rename
+#: What a run does to the disk, but for the content of files; fsync has no event.
+STEPS = {"os.mkdir", "os.rename", "os.rmdir", "os.remove"}
 
-    def rename_until(self, target):
-        calls.append(target)
-        if len(calls) == at and not is_after:
-            raise KillError
-        done = rename(self, target)
-        if len(calls) == at:
-            raise KillError
-        return done
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename_until)
-        patch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
-        patch.setattr(module, "_put_away", lambda *_: None)
-        with pytest.raises(KillError):
-            make(out, "new", overwrite=True)
-    check_folder(out, True)
-    assert content(out) == ("new" if (at, is_after) == (2, True) else "old")
-    # Of a process that is gone, `remove_stale` takes it away; this one lives.
-    shutil.rmtree(partial_name(out), ignore_errors=True)
-    make(out, "newest", overwrite=True)
-    assert content(out) == "newest"
-    assert names(tmp_path) == ["p"]
+def killed_at(step, do):
+    """Whether a process that does this was killed as it came to its system call `step`, from 0; else it is done."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+        return os.WIFSIGNALED(status)
+    left, fsync = step, os.fsync
+
+    def count(event, _):
+        nonlocal left
+        if event in STEPS:
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted_fsync(file):
+        count("os.rename", ())
+        fsync(file)
+
+    try:
+        os.fsync = counted_fsync
+        sys.addaudithook(count)
+        do()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def state(path):
+    """`old`, `new`, or `none`; anything between is an error."""
+    if not path.exists():
+        return "none"
+    assert files_check(path, read_manifest(path)).is_passed
+    assert (path / "model").read_text() == (path / "data").read_text()
+    return content(path)
+
+
+def make_two_files(path, text):
+    with atomic_folder(path, overwrite=True) as partial:
+        (partial / "data").write_text(text)
+        fill(partial, text)
+
+
+def test_a_kill_at_any_system_call_leaves_a_whole_package(tmp_path):
+    """Also if the run that mends is killed in turn, at any of its own, and the one after it mends."""
+    seen = []
+    for step in range(100):
+        out = tmp_path / str(step) / "p"
+        out.parent.mkdir()
+        make_two_files(out, "old")
+        is_killed = killed_at(step, lambda out=out: make_two_files(out, "new"))
+        seen.append(state(out))
+        mended = "old" if seen[-1] == "none" else seen[-1]
+        for second in range(100):
+            again = tmp_path / f"{step}-{second}" / "p"
+            shutil.copytree(out.parent, again.parent)
+            is_killed_again = killed_at(second, lambda again=again: check_folder(again, True))
+            assert state(again) in (seen[-1], mended)
+            check_folder(again, True)
+            assert state(again) == mended
+            make_two_files(again, "newest")
+            assert state(again) == "newest"
+            assert names(again.parent) == ["p"]
+            if not is_killed_again:
+                break
+        if not is_killed:
+            break
+    # Every place was come to: before the renames, between them, and after, where the older package is removed.
+    assert [text for text, _ in groupby(seen)] == ["old", "none", "new"]
+    assert seen.count("none") == 2
+    assert seen.count("new") > 5
+    assert not is_killed
+
+
+def test_a_kill_at_any_system_call_of_a_first_package_leaves_it_or_none(tmp_path):
+    seen, is_killed = [], True
+    while is_killed:
+        out = tmp_path / str(len(seen)) / "p"
+        out.parent.mkdir()
+        is_killed = killed_at(len(seen), lambda out=out: make_two_files(out, "new"))
+        seen.append(state(out))
+        make_two_files(out, "newest")
+        assert names(out.parent) == ["p"]
+    assert [text for text, _ in groupby(seen)] == ["none", "new"]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])

@@ -157,6 +157,13 @@ def test_a_kill_at_any_system_call_leaves_a_whole_package(tmp_path):
         is_killed = killed_at(step, lambda out=out: make_two_files(out, "new"))
         seen.append(state(out))
         mended = "old" if seen[-1] == "none" else seen[-1]
+        if seen[-1] == "new":
+            # Somebody takes the new package away before the next run: half of the older one must not take its name.
+            taken = tmp_path / f"{step}-taken" / "p"
+            shutil.copytree(out.parent, taken.parent)
+            shutil.rmtree(taken)
+            check_folder(taken, True)
+            assert state(taken) in ("old", "none")
         for second in range(100):
             again = tmp_path / f"{step}-{second}" / "p"
             shutil.copytree(out.parent, again.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from d2qconv.allocate.allocation import Allocation
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.errors import InputError
 from d2qconv.export.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.last_pass import LastPass
@@ -57,6 +59,34 @@ class Job:
     max_gpu_mem: str | None = None
     max_host_mem: str | None = None
     also: tuple[Also, ...] = ()
+
+    @property
+    def work_folder(self) -> Path:
+        """Where finished parts are kept until the packages are written."""
+        return self.work_dir or self.output.with_name(self.output.name + ".work")
+
+
+def check_places(job: Job) -> None:
+    """Refuse packages or a work directory that are the same or lie in each other, links followed; raises InputError.
+
+    Each is written or removed as a whole, so what lies in another one would stand in its way or go with it.
+    """
+    places = [(f"-o {job.output}", job.output)]
+    places += [(f"--also {also.exporter.name}={also.output}", also.output) for also in job.also]
+    for option, path in places:
+        if path.name in ("", ".."):
+            raise InputError("gives the package no name", where=option, todo="end it with a name")
+    work = f"--work-dir {job.work_folder}"
+    for (outer, folder), (inner, path) in permutations([*places, (work, job.work_folder)], 2):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            continue
+        how = "is the same as" if path.resolve() == folder.resolve() else "lies in"
+        what = "the work directory, which is emptied at the end" if outer is work else f"the package {outer}"
+        raise InputError(
+            f"{how} {what}",
+            where=inner,
+            todo="name a place of its own for each package, and for the work directory with --work-dir",
+        )
 
 
 @dataclass(frozen=True)

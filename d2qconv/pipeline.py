@@ -53,7 +53,7 @@ from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.ir.recoded import recoded
 from d2qconv.ir.store import Store
-from d2qconv.job import Adopted, Also, Job, Planned
+from d2qconv.job import Adopted, Also, Job, Planned, check_places
 from d2qconv.outcome import AlsoWritten, Outcome, outcome_of, provenance
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import CalibrationSpec, RunSpec, check_recipe
@@ -74,6 +74,7 @@ def plan(job: Job) -> Planned:
     and configs, no weights. Raises InputError, PlanError, PluginError.
     """
     check_recipe(job.recipe)
+    check_places(job)
     if not job.recipe.dac and job.carrier in (Carrier.BIAS, Carrier.RANK1):
         raise InputError(
             "a carrier was asked for and no shift to carry",
@@ -176,8 +177,8 @@ def _allocated(planned: Planned, tokens: CalibrationTokens, team: Team, watch: W
         planned.content,
         ids,
         Rounder(replace(job.recipe, asymmetry=0.0)),
-        Placement(place, device, _work_dir(job)),
-        _work_dir(job),
+        Placement(place, device, job.work_folder),
+        job.work_folder,
     )
     measured = team.from_leader(lambda: measurement.sensitivity(candidates, watch))
     allocation = choose_types(candidates, measured)
@@ -255,7 +256,7 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
         store,
         planned.device,
         watch,
-        Placement(planned.footprint.place, planned.device, _work_dir(planned.job), team.rank),
+        Placement(planned.footprint.place, planned.device, planned.job.work_folder, team.rank),
         team,
         planned.last_pass,
     )
@@ -336,7 +337,7 @@ def choose_device(wanted: str | None) -> torch.device:
 
 
 def _source(planned: Planned) -> Source:
-    return Source(planned.checkpoint, planned.source, planned.device, _work_dir(planned.job))
+    return Source(planned.checkpoint, planned.source, planned.device, planned.job.work_folder)
 
 
 def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunSpec:
@@ -356,21 +357,16 @@ def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunS
     )
 
 
-def _work_dir(job: Job) -> Path:
-    return job.work_dir or job.output.with_name(job.output.name + ".work")
-
-
 def _check_work_dir(planned: Planned) -> None:
-    """Refuse a work directory that would swallow the output or cannot hold a byte a weight; raises InputError."""
-    job = planned.job
-    folder = _work_dir(job).resolve()
-    for path in (job.output.resolve(), planned.checkpoint.path.resolve()):
-        if path.is_relative_to(folder):
-            raise InputError(
-                f"{path.name} lies in the work directory, which is emptied at the end",
-                where=f"--work-dir {folder}",
-                todo="name a folder of its own",
-            )
+    """Refuse a work directory that would swallow the source or cannot hold a byte a weight; raises InputError."""
+    folder = planned.job.work_folder.resolve()
+    source = planned.checkpoint.path.resolve()
+    if source.is_relative_to(folder):
+        raise InputError(
+            f"{source.name} lies in the work directory, which is emptied at the end",
+            where=f"--work-dir {folder}",
+            todo="name a folder of its own",
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError("not a folder", where=f"--work-dir {folder}", todo="name a folder of its own")
     there = next(p for p in (folder, *folder.parents) if p.exists())
@@ -391,12 +387,12 @@ def _open_store(planned: Planned, spec: RunSpec, team: Team, stack: ExitStack, w
     opened: list[Store] = []
 
     def open_it() -> None:
-        store = stack.enter_context(Store(_work_dir(planned.job), spec.fingerprint(), _grids(planned)))
+        store = stack.enter_context(Store(planned.job.work_folder, spec.fingerprint(), _grids(planned)))
         opened.append(store)
         if store.n_discarded:
             watch.note(
                 f"{store.n_discarded} finished parts of another job were discarded from "
-                f"{_work_dir(planned.job)}"
+                f"{planned.job.work_folder}"
             )
 
     team.from_leader(open_it)

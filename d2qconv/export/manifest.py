@@ -7,11 +7,12 @@ package comes from, and what it needs to be loaded.
 from __future__ import annotations
 
 import hashlib
+import stat
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from d2qconv.errors import VerifyError
+from d2qconv.errors import ExportError, VerifyError
 from d2qconv.export.base import Check
 
 MANIFEST = "d2qconv.json"
@@ -69,19 +70,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file of a folder but the manifest, by name. Raises OSError."""
+    """Size and digest of every file of a folder but the manifest, by name.
+
+    Raises OSError, and ExportError for what is no regular file, such as a link, a folder or a pipe.
+    """
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    strange = [path.name for path in paths if not _is_regular(path)]
+    if strange:
+        raise ExportError(f"the exporter wrote no regular files: {_listed(strange)}", where=str(folder))
     return {path.name: _record(path) for path in paths}
 
 
 def files_check(folder: Path, manifest: Manifest) -> Check:
-    """Whether every file is there as it was written, and nothing else is."""
+    """Whether every file is there as it was written, and nothing else is. Opens regular files only: a pipe never ends.
+
+    Raises VerifyError if the folder cannot be read.
+    """
     try:
         there = {path.name for path in folder.iterdir()} - {MANIFEST}
         wrong = [
             name
             for name, record in manifest.files.items()
-            if name not in there or (folder / name).is_symlink() or _record(folder / name) != record
+            if name not in there or not _is_regular(folder / name) or _record(folder / name) != record
         ]
     except OSError as error:
         raise VerifyError(f"cannot be read: {error.strerror}", where=str(folder)) from error
@@ -90,6 +100,11 @@ def files_check(folder: Path, manifest: Manifest) -> Check:
         return Check("files", f"{_listed(wrong)} not as recorded in {MANIFEST}", False)
     n_bytes = sum(record.n_bytes for record in manifest.files.values())
     return Check("files", f"{len(manifest.files)} files, {n_bytes:,} bytes, by SHA-256 as recorded", True)
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether it is a file itself, no link to one. Raises OSError."""
+    return stat.S_ISREG(path.lstat().st_mode)
 
 
 def _record(path: Path) -> FileRecord:

@@ -152,8 +152,8 @@ def partial_name(final: Path) -> Path:
 
 
 def remove_stale(final: Path) -> None:
-    """Remove partial files of this output whose process, on this host, is gone."""
-    pattern = re.compile(re.escape(f".{final.name}.{_host()}-") + r"(\d+)\.partial")
+    """Remove partial and probe files of this output whose process, on this host, is gone."""
+    pattern = re.compile(re.escape(f".{final.name}.{_host()}-") + r"(\d+)\.partial(?:\.\w+)?")
     for sibling in final.parent.iterdir():
         match = pattern.fullmatch(sibling.name)
         if match and not _is_alive(int(match[1])):

@@ -117,17 +117,18 @@ def test_partial_files_of_dead_processes_are_removed(tmp_path):
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
     )
     host = package._host()
-    stale = tmp_path / f".m.gguf.{host}-{int(dead.stdout)}.partial"
+    stale = [tmp_path / f".m.gguf.{host}-{int(dead.stdout)}.partial{probe}" for probe in ("", ".a7_xk29z")]
     others = [
         tmp_path / f".m.gguf.{host}-{os.getppid()}.partial",
+        tmp_path / f".m.gguf.{host}-{os.getppid()}.partial.a7_xk29z",
         tmp_path / f".m.gguf.elsewhere{host}-{int(dead.stdout)}.partial",
         tmp_path / f".n.gguf.{host}-{int(dead.stdout)}.partial",
     ]
-    for file in (stale, *others):
+    for file in (*stale, *others):
         file.touch()
     with atomic_output(tmp_path / "m.gguf") as partial:
         partial.touch()
-    assert not stale.exists()
+    assert not any(file.exists() for file in stale)
     assert all(file.exists() for file in others)
 
 

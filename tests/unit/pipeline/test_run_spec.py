@@ -12,6 +12,7 @@ from d2qconv.errors import InputError, PlanError
 from d2qconv.export.base import Carrier
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.gather import calibration_tokens, read_weights
+from d2qconv.job import Also, check_places
 from d2qconv.outcome import _carried
 from d2qconv.pipeline import (
     Job,
@@ -115,18 +116,82 @@ def test_devices_that_cannot_work_are_refused(device):
         choose_device(device)
 
 
-@pytest.mark.parametrize("work_dir", [".", "out", "model"])
-def test_a_work_directory_must_not_swallow_the_output_or_the_source(tmp_path, work_dir):
+@pytest.mark.parametrize("work_dir", [".", "model"])
+def test_a_work_directory_must_not_swallow_the_source(tmp_path, work_dir):
     shutil.copytree(MODEL, tmp_path / "model", copy_function=shutil.copyfile)
-    (tmp_path / "out").mkdir()
-    asked = job(
-        tmp_path,
-        model=str(tmp_path / "model"),
-        output=tmp_path / "out" / "m.gguf",
-        work_dir=tmp_path / work_dir,
-    )
+    output = tmp_path.with_name("elsewhere") / "m.gguf"
+    asked = job(tmp_path, model=str(tmp_path / "model"), output=output, work_dir=tmp_path / work_dir)
     with pytest.raises(InputError, match="emptied at the end"):
         _check_work_dir(plan(asked))
+
+
+FOLDER = replace(INFO, name="folder", is_folder=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "also", "work_dir", "match"),
+    [
+        # The output and the work directory.
+        ("out", [], "out", r"--work-dir \S+: is the same as the package -o"),
+        ("w/out", [], "w", r"-o \S+: lies in the work directory"),
+        ("w/a/out", [], "w", r"-o \S+: lies in the work directory"),
+        ("out", [], "out/work", r"--work-dir \S+: lies in the package -o"),
+        ("link/out", [], "real/out/work", r"--work-dir \S+: lies in the package -o"),
+        ("out", [], "real/../out/work", r"--work-dir \S+: lies in the package -o"),
+        ("file.gguf", [], "file.gguf/work", r"--work-dir \S+: lies in the package -o"),
+        # Two packages.
+        ("out", ["out"], None, "is the same as the package -o"),
+        ("out", ["out/p"], None, r"--also folder=\S+/out/p: lies in the package -o"),
+        ("p/out", ["p"], None, r"-o \S+: lies in the package --also folder"),
+        ("link/out", ["real/out"], None, "is the same as the package -o"),
+        ("out", ["p", "p"], None, "the package --also"),
+        ("out", ["p", "p/q"], None, r"--also folder=\S+/p/q: lies in the package --also"),
+        ("out", ["p/q", "p"], None, r"--also folder=\S+/p/q: lies in the package --also"),
+        ("out", ["a", "p", "real/p", "link/p"], None, "the package --also"),
+        # Another package and the work directory.
+        ("out", ["w"], "w", r"--work-dir \S+: is the same as the package --also"),
+        ("out", ["w/p"], "w", r"--also folder=\S+: lies in the work directory"),
+        ("out", ["p"], "p/w", r"--work-dir \S+: lies in the package --also"),
+        ("out", ["out.work"], None, r"--work-dir \S+: is the same as the package --also"),
+        ("out", ["out.work/p"], None, r"--also folder=\S+: lies in the work directory"),
+    ],
+)
+def test_places_in_each_other_are_refused_before_the_model_is_opened(tmp_path, output, also, work_dir, match):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    asked = job(
+        tmp_path,
+        model=str(tmp_path / "no model"),
+        exporter=INFO if output.endswith(".gguf") else FOLDER,
+        output=tmp_path / output,
+        also=tuple(Also(FOLDER, tmp_path / path) for path in also),
+        work_dir=work_dir and tmp_path / work_dir,
+    )
+    with pytest.raises(InputError, match=match) as caught:
+        plan(asked)
+    assert caught.value.exit_code == 2
+
+
+def test_relative_names_are_compared_as_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = job(tmp_path, exporter=FOLDER, output=Path("out"), work_dir=tmp_path / "out" / "work")
+    with pytest.raises(InputError, match="the package -o out"):
+        check_places(asked)
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "a/.."])
+def test_a_package_needs_a_name(tmp_path, path):
+    for asked in (job(tmp_path, output=Path(path)), job(tmp_path, also=(Also(FOLDER, Path(path)),))):
+        with pytest.raises(InputError, match="no name"):
+            plan(asked)
+
+
+def test_places_beside_each_other_are_taken(tmp_path):
+    also = tuple(Also(FOLDER, tmp_path / name) for name in ("out-onnx", "ou", "out2", "out.workers"))
+    asked = job(tmp_path, exporter=FOLDER, output=tmp_path / "out", also=also)
+    check_places(asked)
+    check_places(replace(asked, work_dir=tmp_path / "w"))
+    assert asked.work_folder == tmp_path / "out.work"
 
 
 def test_sampled_tokens_are_kept_and_another_job_in_the_same_folder_is_said(tmp_path, monkeypatch):

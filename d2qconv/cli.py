@@ -150,8 +150,20 @@ def make_app(console: Console) -> App:
 
 
 def _add_exporter(app: App, info: ExporterInfo, console: Console) -> None:
+    kind = exporter_options(info)
+    try:
+        # Not None: cyclopts checks a default too, once any library has imported pydantic.
+        untouched: object = kind()
+    except TypeError:
+        untouched = None
+
     def convert(
-        model: Model, /, *, options: Any = None, settings: Options = DEFAULTS, report: ReportOptions = TALK
+        model: Model,
+        /,
+        *,
+        options: Any = untouched,
+        settings: Options = DEFAULTS,
+        report: ReportOptions = TALK,
     ) -> None:
         job = make_job(info, model, options, settings)
         report.tell(console)
@@ -161,7 +173,7 @@ def _add_exporter(app: App, info: ExporterInfo, console: Console) -> None:
             run_job(job, console)
 
     flat = Parameter(name="*", group=Group(f"Options of {info.name}", sort_key=2))
-    convert.__annotations__["options"] = Annotated[exporter_options(info), flat]
+    convert.__annotations__["options"] = Annotated[kind, flat]
     app.command(
         convert,
         name=f"to-{info.name}",

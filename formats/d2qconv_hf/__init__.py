@@ -57,7 +57,7 @@ _RELABELLED = "exact biases of gate and up: llama by mlp_bias, mistral and qwen2
 SAFETENSORS = _info(
     "safetensors",
     "CompressedTensorsExporter",
-    "a folder in compressed-tensors' pack-quantized layout, for transformers and vLLM",
+    "a compressed-tensors folder for transformers and vLLM",
     "int2 int3 int4 int8 in groups of 32, 64, 128 or a row; mixed without zero points",
     "transformers with compressed-tensors 0.18, vLLM",
     f"{_RELABELLED}, qwen3 as hy_v3",
@@ -66,7 +66,7 @@ SAFETENSORS = _info(
 AUTO_ROUND = _info(
     "auto-round",
     "AutoRoundExporter",
-    "a folder in AutoRound's own layout, for transformers; weights stay packed in memory",
+    "an AutoRound folder for transformers",
     "int2 int3 int4 int8 in groups of 32, 64, 128 or a row, mixed",
     "transformers with auto-round",
     f"{_RELABELLED}, qwen3 as hy_v3",
@@ -75,7 +75,7 @@ AUTO_ROUND = _info(
 GPTQ = _info(
     "gptq",
     "GptqExporter",
-    "a folder in GPTQ's layout, version 2, for GPTQModel",
+    "a GPTQ v2 folder for GPTQModel",
     "int2 int3 int4 int8 in groups of 32, 64, 128 or a row; mixed in GPTQModel alone",
     "GPTQModel, transformers with optimum and gptqmodel",
     f"{_RELABELLED}, qwen3 as hy_v3",

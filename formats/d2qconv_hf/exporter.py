@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from d2qconv import __version__
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
+from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import ExportError, InputError, Refusal
 from d2qconv.export.base import (
@@ -45,7 +47,7 @@ from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
 from d2qconv.grids.exact import as_affine, holds
 from d2qconv.ir.coded import Coded
-from d2qconv.ir.model import QuantizedModel
+from d2qconv.ir.model import QuantizedModel, Stored
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.threads import each
 from d2qconv_hf import HfOptions, compatibility, types
@@ -55,7 +57,7 @@ from d2qconv_hf.dialects.compressed_tensors import CompressedTensors
 from d2qconv_hf.dialects.gptq import AutoRound, Gptq
 from d2qconv_hf.dialects.mlx import Mlx
 from d2qconv_hf.shards import ShardWriter, split, write_index
-from d2qconv_hf.verify import verify_folder
+from d2qconv_hf.verify import EXACT, PRODUCTS, verify_folder
 
 RULES = OverrideOption("tensor-type", (*types.BITS, types.FLOAT), "int4")
 #: Carried byte for byte where the checkpoint has them.
@@ -127,7 +129,8 @@ class HfExporter:
             decoded_sha256=digests,
             provenance=provenance_facts(model),
             requires=self._requires(label),
-            facts=tensor_facts(model.desc, plan) | {"dtype": self.options.dtype},
+            facts=tensor_facts(model.desc, plan)
+            | {"dtype": self.options.dtype, PRODUCTS: _products(plan.tensors, self.options.dtype)},
         )
         write_manifest(path, manifest)
         return Package(path, sum(record.n_bytes for record in files.values()), digests)
@@ -260,13 +263,17 @@ class HfExporter:
         n_bytes = sum(a.n_bytes for a in self.dialect.layout(module, grid, (shape[0], shape[1])).values())
         return TensorPlan(tensor, f"{module}.weight", shape, grid, n_bytes, note)
 
-    def _float(self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan:
-        storage = types.FLOATS[self.options.dtype]
-        n = 1
-        for size in shape:
-            n *= size
-        name = f"{module_name(model, tensor)}.{tensor.part}"
-        return TensorPlan(tensor, name, shape, storage, storage.dtype.itemsize * n)
+    def _float(
+        self,
+        model: ModelDesc,
+        tensor: TensorId,
+        shape: tuple[int, ...],
+        storage: FloatType | None = None,
+        note: str = "",
+    ) -> TensorPlan:
+        storage = storage or types.FLOATS[self.options.dtype]
+        n_bytes = storage.dtype.itemsize * math.prod(shape)
+        return TensorPlan(tensor, _stored_name(model, tensor), shape, storage, n_bytes, note)
 
     def _adopted(
         self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType
@@ -274,10 +281,10 @@ class HfExporter:
         """A tensor on the grid that holds `given`'s values; embedding and head as floats."""
         if len(shape) == 1 or isinstance(given, FloatType):
             return self._float(model, tensor, shape)
-        narrow = as_affine(given)
         if tensor.role not in LINEARS:
-            why = f"embedding and head stay float here, which {given.id} is not"
-            return Refusal(str(tensor), why, "store them as f16 in the other format")
+            # Floats that hold every decoded value.
+            return self._float(model, tensor, shape, FloatType.F32, f"holds {given.id}")
+        narrow = as_affine(given)
         if narrow is not None and narrow.zero != "float" and narrow.scale == "f16":
             wide = AffineGrid(
                 narrow.bits,
@@ -321,7 +328,7 @@ class HfExporter:
             writer = ShardWriter(path, shards, stack)
             done = each(
                 plan.tensors,
-                lambda planned: self._ready(model, planned, dtype),
+                lambda planned: self._ready(model, planned),
                 cost=lambda planned: 8 * planned.n_bytes,
                 budget=BUDGET,
                 in_order=True,
@@ -347,19 +354,28 @@ class HfExporter:
                 shape = planned.shape[0], planned.shape[1]
                 found |= self.dialect.layout(module_name(desc, planned.id), planned.storage, shape)
             else:
-                found[planned.stored_as] = Array(dtype, planned.shape)
+                assert isinstance(planned.storage, FloatType), "what is no grid is a float type"
+                found[planned.stored_as] = Array(planned.storage.dtype, planned.shape)
         return found | {_stored_name(desc, t): Array(dtype, (n,)) for t, n in label.zeros.items()}
 
-    def _ready(
-        self, model: QuantizedModel, planned: TensorPlan, dtype: torch.dtype
-    ) -> tuple[dict[str, Tensor], str]:
+    def _ready(self, model: QuantizedModel, planned: TensorPlan) -> tuple[dict[str, Tensor], str]:
         """A tensor's arrays and the digest of its values; raises ExportError for what the type cannot hold."""
         stored = model.tensors[planned.id]
+        if isinstance(planned.storage, FloatType):
+            if isinstance(stored, Coded) and planned.storage is FloatType.F32:
+                stored = Dense.of(stored.decode())
+            check_stored(planned, stored)
+            return self._floats(planned, stored, planned.storage.dtype)
         check_stored(planned, stored)
-        if isinstance(stored, Coded):
-            coded = stored.to("cpu")
-            arrays = self.dialect.arrays(module_name(model.desc, planned.id), coded)
-            return arrays, digest(rows.numpy() for rows in coded.decoded_rows())
+        assert isinstance(stored, Coded), "what is planned on a grid has codes"
+        coded = stored.to("cpu")
+        arrays = self.dialect.arrays(module_name(model.desc, planned.id), coded)
+        return arrays, digest(rows.numpy() for rows in coded.decoded_rows())
+
+    def _floats(
+        self, planned: TensorPlan, stored: Stored, dtype: torch.dtype
+    ) -> tuple[dict[str, Tensor], str]:
+        assert isinstance(stored, Dense), "floats have no codes"
         values = stored.load().cpu().to(dtype)
         if not bool(torch.isfinite(values).all()):
             raise ExportError(
@@ -408,6 +424,15 @@ def _stored_name(model: ModelDesc, tensor: TensorId) -> str:
 def _label_of(model: ModelDesc, tensors: Sequence[TensorPlan]) -> Labelled:
     """The label that the planned biases need."""
     return labelled(model, any(t.id.part is Part.BIAS and t.id not in model.tensors for t in tensors))
+
+
+def _products(tensors: Sequence[TensorPlan], dtype: str) -> str:
+    """Whether step · (code - zero) is the same in the package's type as in f32."""
+    grids = [t.storage for t in tensors if isinstance(t.storage, AffineGrid)]
+    is_exact = dtype == "float16" and all(
+        grid.significand > 0 and grid.bits < 8 and grid.zero != "float" for grid in grids
+    )
+    return EXACT if is_exact else f"rounded once where a runtime multiplies in {dtype}"
 
 
 def _carrier_note(model: ModelDesc, carrier: Carrier, label: Labelled) -> str:

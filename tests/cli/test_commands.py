@@ -102,7 +102,7 @@ def test_missing_library_gives_the_pip_command(d2q, install):
 def test_unknown_exporter(d2q):
     result = d2q("plan", "m", "--to", "gguff")
     assert result.code == 7
-    assert "installed are: gguf" in result.err
+    assert "installed are: auto-round, gguf, gptq, mlx, onnx, safetensors" in result.err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -372,3 +374,11 @@ def test_demo_converts_the_model_of_the_package_and_samples(d2q, calm):
 
 def test_demo_as_json_is_one_object(d2q):
     assert d2q("demo", "--to", "fake", "--json").json["sample"].endswith("there was a fake.")
+
+
+def test_a_process_that_has_imported_pydantic_takes_the_same_commands(tmp_path):
+    """cyclopts then checks defaults too; compressed-tensors and others import it."""
+    words = ["to-gguf", str(DEMO_MODEL), "-o", str(tmp_path / "m.gguf"), "--dry-run", "--json"]
+    code = f"import pydantic, sys; from d2qconv.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

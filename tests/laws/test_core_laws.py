@@ -174,3 +174,13 @@ class TestF32Float(AffineLaws):
 class TestF32None(AffineLaws):
     grid = AffineGrid(4, 32, "none", scale="f32")
     codec, max_fit_error, n_blocks = PlainCodec(grid), 0.0098, 4
+
+
+class TestFewBitsInteger(AffineLaws):
+    grid = AffineGrid(4, 64, "integer", significand=7)
+    codec, max_fit_error, n_blocks = PlainCodec(grid), 0.0097, 4
+
+
+class TestFewBitsNone(AffineLaws):
+    grid = AffineGrid(3, 32, "none", significand=8)
+    codec, max_fit_error, n_blocks = PlainCodec(grid), 0.05, 8

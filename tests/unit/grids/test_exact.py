@@ -26,6 +26,7 @@ ONES = torch.ones(512)
         (AffineGrid(3, 128, "integer"), "int3", 128),
         (AffineGrid(3, 128, "none", "bf16"), "int3", 64),
         (AffineGrid(4, 512, "integer", is_per_channel=True), "int4", 128),
+        (AffineGrid(2, 128, "integer", significand=8), "int2", 128),
     ],
 )
 def test_values_stay_bit_for_bit(narrow, kind, block):
@@ -47,6 +48,7 @@ def test_values_stay_bit_for_bit(narrow, kind, block):
         (AffineGrid(4, 32, "float"), types.grid("int4", 32)),
         (AffineGrid(4, 32, "none", "f32"), AffineGrid(4, 32, "none", "f16")),
         (AffineGrid(4, 32, "integer"), AffineGrid(4, 32, "none")),
+        (AffineGrid(4, 32, "integer"), AffineGrid(4, 32, "integer", significand=7)),
     ],
 )
 def test_what_is_not_held_whatever_the_parameters_is_said(narrow, wide):

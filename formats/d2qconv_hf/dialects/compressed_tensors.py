@@ -27,6 +27,8 @@ from d2qconv.ir.coded import Coded
 from d2qconv_hf import bits
 from d2qconv_hf.dialects.base import Array, Content, Facts, affine, step_dtype, steps_of, words, zeros_of
 
+_HEAD = "lm_head"
+
 
 class CompressedTensors:
     """The dialect; see the module."""
@@ -99,7 +101,8 @@ class CompressedTensors:
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": content.floats or ["lm_head"],
+            # A tied head is a linear of its own to transformers.
+            "ignore": [name for name in content.floats if name != _HEAD] + [_HEAD],
             "kv_cache_scheme": None,
             "config_groups": groups,
         }

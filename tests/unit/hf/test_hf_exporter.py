@@ -63,6 +63,11 @@ def test_types_may_differ_from_matrix_to_matrix(tmp_path, dialect):
     assert difference(dialect, tmp_path / "p", model) <= BOUNDS[dialect]
 
 
+def test_one_linear_may_stay_float_beside_a_tied_head(tmp_path):
+    _, _, model, _ = write(tmp_path / "p", "safetensors", "llama", type="int2", tensor_type=("o@1=float",))
+    assert difference("safetensors", tmp_path / "p", model) <= BOUNDS["safetensors"]
+
+
 @pytest.mark.parametrize("group", ["32", "64", "channel"])
 def test_groups_of_every_size(tmp_path, group):
     _, _, model, _ = write(tmp_path / "p", "safetensors", "qwen3", type="int2", group_size=group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -62,6 +63,18 @@ def read_manifest(folder: Path) -> Manifest:
     if strange:
         raise VerifyError(f"names files that are none of the folder's: {strange[:_SHOWN]}", where=str(path))
     return found
+
+
+def inspected(folder: Path) -> dict[str, Any]:
+    """What a package tells of itself; raises VerifyError as `read_manifest` does."""
+    manifest = read_manifest(folder)
+    return {
+        **manifest.facts,
+        "files": len(manifest.files),
+        "file_bytes": sum(record.n_bytes for record in manifest.files.values()),
+        "requires": manifest.requires,
+        "provenance": manifest.provenance,
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

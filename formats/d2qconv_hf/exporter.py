@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
-import torch
-from torch import Tensor
 
 from d2qconv import __version__
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
-from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import ExportError, InputError, Refusal
 from d2qconv.export.base import (
@@ -30,14 +26,12 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
+from d2qconv.export.manifest import Manifest, file_records, inspected, write_manifest
 from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
 from d2qconv.export.planned import (
     LINEARS,
     adopted_shapes,
     check_complete,
-    check_stored,
-    digest,
     planned_or_refused,
     provenance_facts,
     shapes_with_biases,
@@ -46,18 +40,16 @@ from d2qconv.export.planned import (
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
 from d2qconv.grids.exact import as_affine, holds
-from d2qconv.ir.coded import Coded
-from d2qconv.ir.model import QuantizedModel, Stored
+from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
-from d2qconv.threads import each
 from d2qconv_hf import HfOptions, compatibility, types
 from d2qconv_hf.config import LABELS, Labelled, labelled, package_config
-from d2qconv_hf.dialects.base import Array, Content, Dialect, Scheme
+from d2qconv_hf.dialects.base import Content, Dialect, Scheme
 from d2qconv_hf.dialects.compressed_tensors import CompressedTensors
 from d2qconv_hf.dialects.gptq import AutoRound, Gptq
 from d2qconv_hf.dialects.mlx import Mlx
-from d2qconv_hf.shards import ShardWriter, split, write_index
 from d2qconv_hf.verify import EXACT, PRODUCTS, verify_folder
+from d2qconv_hf.weights import Weights, module_name, stored_name
 
 RULES = OverrideOption("tensor-type", (*types.BITS, types.FLOAT), "int4")
 #: Carried byte for byte where the checkpoint has them.
@@ -108,7 +100,9 @@ class HfExporter:
             raise ExportError("this plan was refused", where=str(path))
         check_complete(model, plan)
         label = _label_of(model.desc, plan.tensors)
-        digests = self._write_weights(model, plan, label, path, progress)
+        most = parse_size(self.options.max_shard_size, "option max-shard-size")
+        weights = Weights(self.dialect, plan.tensors, label.zeros, types.FLOATS[self.options.dtype].dtype)
+        digests = weights.write(model, path, most, progress)
         config = package_config(
             model.desc,
             checkpoint.config,
@@ -141,14 +135,7 @@ class HfExporter:
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """The manifest's facts; see `Exporter`."""
-        manifest = read_manifest(path)
-        return {
-            **manifest.facts,
-            "files": len(manifest.files),
-            "file_bytes": sum(record.n_bytes for record in manifest.files.values()),
-            "requires": manifest.requires,
-            "provenance": manifest.provenance,
-        }
+        return inspected(path)
 
     def _target(
         self,
@@ -273,7 +260,7 @@ class HfExporter:
     ) -> TensorPlan:
         storage = storage or types.FLOATS[self.options.dtype]
         n_bytes = storage.dtype.itemsize * math.prod(shape)
-        return TensorPlan(tensor, _stored_name(model, tensor), shape, storage, n_bytes, note)
+        return TensorPlan(tensor, stored_name(model, tensor), shape, storage, n_bytes, note)
 
     def _adopted(
         self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType
@@ -316,75 +303,6 @@ class HfExporter:
             found["transformers"] = label.label.transformers
         return found
 
-    def _write_weights(
-        self, model: QuantizedModel, plan: TargetPlan, label: Labelled, path: Path, progress: Progress
-    ) -> dict[str, str]:
-        """Write all shards; returns the digests of the decoded values by name."""
-        arrays = self._layout(model.desc, plan, label)
-        shards = split(arrays, parse_size(self.options.max_shard_size, "option max-shard-size"))
-        dtype = types.FLOATS[self.options.dtype].dtype
-        digests: dict[str, str] = {}
-        with ExitStack() as stack:
-            writer = ShardWriter(path, shards, stack)
-            done = each(
-                plan.tensors,
-                lambda planned: self._ready(model, planned),
-                cost=lambda planned: 8 * planned.n_bytes,
-                budget=BUDGET,
-                in_order=True,
-            )
-            with closing(done):
-                for number, (tensors, sha256) in done:
-                    planned = plan.tensors[number]
-                    progress(number, len(plan.tensors), f"write {planned.stored_as}")
-                    for name, tensor in tensors.items():
-                        writer.add(name, tensor)
-                    digests[planned.stored_as] = sha256
-            for tensor_id, n in label.zeros.items():
-                writer.add(_stored_name(model.desc, tensor_id), torch.zeros(n, dtype=dtype))
-        write_index(path, shards)
-        return digests
-
-    def _layout(self, desc: ModelDesc, plan: TargetPlan, label: Labelled) -> dict[str, Array]:
-        """Every array of the package in its order."""
-        dtype = types.FLOATS[self.options.dtype].dtype
-        found: dict[str, Array] = {}
-        for planned in plan.tensors:
-            if isinstance(planned.storage, AffineGrid):
-                shape = planned.shape[0], planned.shape[1]
-                found |= self.dialect.layout(module_name(desc, planned.id), planned.storage, shape)
-            else:
-                assert isinstance(planned.storage, FloatType), "what is no grid is a float type"
-                found[planned.stored_as] = Array(planned.storage.dtype, planned.shape)
-        return found | {_stored_name(desc, t): Array(dtype, (n,)) for t, n in label.zeros.items()}
-
-    def _ready(self, model: QuantizedModel, planned: TensorPlan) -> tuple[dict[str, Tensor], str]:
-        """A tensor's arrays and the digest of its values; raises ExportError for what the type cannot hold."""
-        stored = model.tensors[planned.id]
-        if isinstance(planned.storage, FloatType):
-            if isinstance(stored, Coded) and planned.storage is FloatType.F32:
-                stored = Dense.of(stored.decode())
-            check_stored(planned, stored)
-            return self._floats(planned, stored, planned.storage.dtype)
-        check_stored(planned, stored)
-        assert isinstance(stored, Coded), "what is planned on a grid has codes"
-        coded = stored.to("cpu")
-        arrays = self.dialect.arrays(module_name(model.desc, planned.id), coded)
-        return arrays, digest(rows.numpy() for rows in coded.decoded_rows())
-
-    def _floats(
-        self, planned: TensorPlan, stored: Stored, dtype: torch.dtype
-    ) -> tuple[dict[str, Tensor], str]:
-        assert isinstance(stored, Dense), "floats have no codes"
-        values = stored.load().cpu().to(dtype)
-        if not bool(torch.isfinite(values).all()):
-            raise ExportError(
-                f"holds values that {self.options.dtype} does not",
-                where=planned.stored_as,
-                todo="add --dtype bfloat16, or check the checkpoint",
-            )
-        return {planned.stored_as: values}, digest([values.float().numpy()])
-
 
 class CompressedTensorsExporter(HfExporter):
     """`to-safetensors`."""
@@ -408,17 +326,6 @@ class MlxExporter(HfExporter):
     """`to-mlx`."""
 
     dialect = Mlx()
-
-
-def module_name(model: ModelDesc, tensor: TensorId) -> str:
-    """The checkpoint's name of a tensor's module: `model.layers.0.mlp.up_proj`."""
-    site = model.arch.site(tensor.role)
-    assert site is not None, f"{model.arch.id} has no {tensor.role}"
-    return site.module.format(i=tensor.block)
-
-
-def _stored_name(model: ModelDesc, tensor: TensorId) -> str:
-    return f"{module_name(model, tensor)}.{tensor.part}"
 
 
 def _label_of(model: ModelDesc, tensors: Sequence[TensorPlan]) -> Labelled:

@@ -26,7 +26,7 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.export.manifest import Manifest, file_records, read_manifest, write_manifest
+from d2qconv.export.manifest import Manifest, file_records, inspected, write_manifest
 from d2qconv.export.overrides import OverrideOption, last_that_holds
 from d2qconv.export.planned import (
     adopted_shapes,
@@ -138,14 +138,7 @@ class OnnxExporter:
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """The manifest's facts; see `Exporter`."""
-        manifest = read_manifest(path)
-        return {
-            **manifest.facts,
-            "files": len(manifest.files),
-            "file_bytes": sum(record.n_bytes for record in manifest.files.values()),
-            "requires": manifest.requires,
-            "provenance": manifest.provenance,
-        }
+        return inspected(path)
 
     def _option_refusals(self, model: ModelDesc) -> list[Refusal]:
         """What of the options cannot be meant."""

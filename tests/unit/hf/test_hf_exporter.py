@@ -206,7 +206,7 @@ def test_floats_that_f16_does_not_hold_stop_the_writer(tmp_path):
     model = quantized(desc, planned)
     model.tensors[TensorId(Role.FINAL_NORM)] = Dense.of(torch.full((256,), 1e6))
     (tmp_path / "p").mkdir()
-    with pytest.raises(ExportError, match="float16 does not"):
+    with pytest.raises(ExportError, match="f16 does not"):
         exporter.write(model, checkpoint, planned, tmp_path / "p", silent)
 
 

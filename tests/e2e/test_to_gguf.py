@@ -205,9 +205,10 @@ def test_without_dac_qwen2_keeps_its_name(capsys, tmp_path, random_model):
     assert field.contents() == "qwen2"
 
 
-def test_two_runs_give_the_same_bytes(capsys, tmp_path):
+def test_two_runs_give_the_same_bytes(capsys, tmp_path, random_model):
+    model = random_model("qwen3")
     for name in ("a.gguf", "b.gguf"):
-        assert to_gguf(capsys, QWEN3, tmp_path / name)[0] == 0
+        assert to_gguf(capsys, model, tmp_path / name)[0] == 0
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from d2qconv.arch.config import ConfigFacts, read_config
 from d2qconv.arch.decoder import ATTENTION_ROLES, MLP_ROLES
@@ -40,6 +40,11 @@ def bind(checkpoint: Checkpoint) -> ModelDesc:
     extra = sorted(set(checkpoint.tensors) - set(names))
     _check_biases(arch, extra, facts, where)
     refuse(_check_extra(arch, checkpoint, extra, facts))
+    return described(arch, facts, {tensor: checkpoint.tensors[name] for name, tensor in names.items()})
+
+
+def described(arch: Architecture, facts: ConfigFacts, tensors: Mapping[TensorId, Dense]) -> ModelDesc:
+    """The model of a config.json and these tensors."""
     return ModelDesc(
         arch=arch,
         dims=facts.dims,
@@ -49,7 +54,7 @@ def bind(checkpoint: Checkpoint) -> ModelDesc:
         max_positions=facts.max_positions,
         bos_ids=facts.bos_ids,
         eos_ids=facts.eos_ids,
-        tensors={tensor: checkpoint.tensors[name] for name, tensor in names.items()},
+        tensors=tensors,
     )
 
 

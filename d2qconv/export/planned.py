@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,15 +21,20 @@ if TYPE_CHECKING:
 LINEARS = (Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN)
 
 
-def shapes_with_biases(model: ModelDesc, carrier: Carrier) -> dict[TensorId, tuple[int, ...]]:
-    """Every tensor of a package in the order of its use: those of the checkpoint, and biases that carry means."""
+def shapes_with_biases(
+    model: ModelDesc, carrier: Carrier, may_have_biases: Collection[Role] = LINEARS
+) -> dict[TensorId, tuple[int, ...]]:
+    """Every tensor of a package in the order of its use: those of the checkpoint, and biases that carry means.
+
+    may_have_biases: the linears that get one with `Carrier.BIASES`.
+    """
     shapes = {tensor: dense.shape for tensor, dense in model.tensors.items()}
     coupling = model.arch.coupling("shift", Role.FFN_NORM)
-    roles: Sequence[Role] = ()
+    roles: Collection[Role] = ()
     if carrier is Carrier.BIAS and coupling is not None:
         roles = coupling.absorbs
     elif carrier is Carrier.BIASES:
-        roles = LINEARS
+        roles = may_have_biases
     for block in range(model.dims.n_layers):
         for role in roles:
             shapes.setdefault(TensorId(role, block, Part.BIAS), (shapes[TensorId(role, block)][0],))

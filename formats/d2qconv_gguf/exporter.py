@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from d2qconv.export.base import (
     type_name,
 )
 from d2qconv.export.file_set import member
+from d2qconv.export.planned import shapes_with_biases
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, base_gguf, candidates, imatrix, shards, types, widths, writer
@@ -65,7 +66,6 @@ from d2qconv_gguf.zeros import padding_keys
 if TYPE_CHECKING:
     from d2qconv.checkpoint.open import Checkpoint
 
-_ENDS = (Role.FINAL_NORM, Role.HEAD)
 _NORMS = (Role.ATTN_NORM, Role.Q_NORM, Role.K_NORM, Role.FFN_NORM, Role.FINAL_NORM)
 #: Tokens that `sample` makes.
 SAMPLE_TOKENS = 48
@@ -126,14 +126,14 @@ class GgufExporter:
             wanted = {tensor: options[0].storage for tensor, options in _choices(type_map).items() if options}
         if wanted is not None:
             type_map = replace(type_map, chosen=wanted)
-        shapes = _shapes(model, chosen, layout)
+        shapes = shapes_with_biases(model, chosen, layout.biases)
         refusals += layout_refusals(layout, shapes, model.dims)
         refusals += metadata_refusals(model, layout.name)
         tensors: list[TensorPlan] = []
         unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
         asked = partial(_storage, type_map=type_map)
         instead = widths.substitutes(model, asked, self.options.pad)
-        for tensor in _file_order(shapes):
+        for tensor in shapes:
             planned = _tensor(tensor, shapes[tensor], asked, instead)
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
@@ -281,33 +281,6 @@ def _storage(tensor: TensorId, type_map: TypeMap) -> types.Storage | None:
     if tensor.part is Part.BIAS or tensor.role in _NORMS:
         return FloatType.F32
     return types.storage(type_map.type_of(tensor))
-
-
-def _shapes(model: ModelDesc, carrier: Carrier, layout: Layout) -> dict[TensorId, tuple[int, ...]]:
-    """Every tensor of the file: those of the checkpoint, and the biases that will carry means."""
-    shapes = {tensor: dense.shape for tensor, dense in model.tensors.items()}
-    coupling = model.arch.coupling("shift", Role.FFN_NORM)
-    roles: Collection[Role] = ()
-    if carrier is Carrier.BIAS and coupling is not None:
-        roles = coupling.absorbs
-    elif carrier is Carrier.BIASES:
-        roles = layout.biases
-    for block in range(model.dims.n_layers):
-        for role in roles:
-            n_out = shapes[TensorId(role, block)][0]
-            shapes.setdefault(TensorId(role, block, Part.BIAS), (n_out,))
-    return shapes
-
-
-def _file_order(shapes: Mapping[TensorId, tuple[int, ...]]) -> list[TensorId]:
-    """Embedding, blocks in the order in which they run, final norm, head."""
-    roles = list(Role)
-
-    def place(tensor: TensorId) -> tuple[bool, int, int, bool]:
-        block = -1 if tensor.block is None else tensor.block
-        return tensor.role in _ENDS, block, roles.index(tensor.role), tensor.part is Part.BIAS
-
-    return sorted(shapes, key=place)
 
 
 def _carrier_note(model: ModelDesc, layout: Layout, carrier: Carrier) -> str:

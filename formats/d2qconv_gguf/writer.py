@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from d2qconv.errors import ExportError
 from d2qconv.export.base import FloatType, Progress, TargetPlan, TensorPlan
+from d2qconv.export.planned import check_complete
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import QuantizedModel, Stored
 from d2qconv.threads import each
@@ -90,7 +91,7 @@ class Entry:
     def digest(self) -> str:
         """SHA-256 of the decoded values, f32 little endian, row by row in the file's order."""
         stored = self._read()
-        pieces = _decoded(stored) if isinstance(stored, Coded) else self._float_pieces(stored)
+        pieces = stored.decoded_rows() if isinstance(stored, Coded) else self._float_pieces(stored)
         sha = hashlib.sha256()
         for piece in pieces:
             sha.update(_raw(piece.to(torch.float32)).data)
@@ -118,17 +119,6 @@ class Entry:
             yield stored
 
 
-def _decoded(coded: Coded) -> Iterator[Tensor]:
-    """The values, f32[rows, n_in] of some rows at a time."""
-    n_out, n_in = coded.shape
-    step = max(1, _PIECE // n_in)
-    for at in range(0, n_out, step):
-        rows = slice(at, at + step)
-        params = {name: p if p.shape[0] == 1 else p[rows] for name, p in coded.params.items()}
-        codes = coded.codes[rows]
-        yield replace(coded, shape=(len(codes), n_in), codes=codes, params=params).decode()
-
-
 def _raw(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor, u8[n]."""
     flat = tensor.detach().contiguous().reshape(-1)
@@ -138,12 +128,7 @@ def _raw(tensor: Tensor) -> np.ndarray:
 
 def entries(model: QuantizedModel, plan: TargetPlan, layout: Layout) -> list[Entry]:
     """The file's tensors in the plan's order, not read yet; raises ExportError where they are not those planned."""
-    missing = [str(t.id) for t in plan.tensors if t.id not in model.tensors]
-    extra = [str(i) for i in model.tensors if i not in plan.by_id]
-    if missing or extra:
-        raise ExportError(
-            f"the quantized model is not what was planned: missing {missing or 'none'}, unplanned {extra or 'none'}"
-        )
+    check_complete(model, plan)
     made = []
     for planned in plan.tensors:
         order = row_order(planned.id, layout, model.desc.dims)

@@ -58,8 +58,6 @@ SIDE_FILES = (
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
     *("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE"),
 )
-#: Bytes of tensors in memory at a time, or one tensor.
-BUDGET = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,10 @@ class HfExporter:
         chosen = carrier or (Carrier.BIAS if self._has_place(model) else Carrier.RANK1)
         refusals = self._option_refusals(model) + self._carrier_refusals(model, chosen)
         shapes = {} if refusals else shapes_with_biases(model, chosen)
-        return self._target(model, chosen, shapes, lambda t, shape: self._tensor(model, t, shape), refusals)
+        zero = self._zero(model)
+        return self._target(
+            model, chosen, shapes, lambda t, shape: self._tensor(model, t, shape, zero), refusals
+        )
 
     def plan_adopted(
         self, model: ModelDesc, carrier: Carrier, storages: Mapping[TensorId, Grid | FloatType]
@@ -224,10 +225,12 @@ class HfExporter:
             return self.options.zero
         names = {self._type_of(t) for t in model.tensors if t.role in LINEARS and t.part is Part.WEIGHT}
         names -= {types.FLOAT}
-        is_mixed = len(names) > 1 and isinstance(self.dialect, CompressedTensors)
-        return "integer" if names <= {"int2", "int3"} and not is_mixed else "none"
+        is_taken = len(names) < 2 or self.dialect.facts.mixes_zeros
+        return "integer" if names <= {"int2", "int3"} and is_taken else "none"
 
-    def _tensor(self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
+    def _tensor(
+        self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], zero: types.Kind
+    ) -> TensorPlan | Refusal:
         name = self._type_of(tensor)
         if len(shape) == 1 or name == types.FLOAT:
             return self._float(model, tensor, shape)
@@ -235,7 +238,7 @@ class HfExporter:
             return Refusal(
                 str(tensor), "embedding and head stay float in these folders", "leave the rule out"
             )
-        grid = types.grid(name, self.options.group_size, shape[1], self._zero(model), self.options.dtype)
+        grid = types.grid(name, self.options.group_size, shape[1], zero, self.options.dtype)
         return self._coded(model, tensor, shape, grid)
 
     def _coded(

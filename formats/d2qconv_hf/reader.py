@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2qconv.arch.bind import described
 from d2qconv.arch.config import read_config
 from d2qconv.arch.registry import BUILT_IN
 from d2qconv.arch.spec import Architecture, ModelDesc
@@ -129,15 +130,9 @@ class Model:
     """Everything that a folder holds, by the module's name and part."""
 
     folder: Folder
-    dialect: str
     desc: ModelDesc
     matrices: Mapping[str, Matrix]
     floats: tuple[str, ...]
-
-    @property
-    def n_added_zeros(self) -> int:
-        """Biases that are there for the label's sake."""
-        return len(self.floats) + len(self.matrices) - len(self.desc.tensors)
 
 
 def read_model(folder: Folder, architecture: str) -> Model:
@@ -179,18 +174,7 @@ def read_model(folder: Folder, architecture: str) -> Model:
                 tensors[TensorId(site.role, block, Part.BIAS)] = dense
     if left:
         raise folder.error(f"holds arrays that {architecture} has not: {', '.join(sorted(left)[:5])}")
-    desc = ModelDesc(
-        arch=arch,
-        dims=facts.dims,
-        rope=facts.rope,
-        norm_eps=facts.norm_eps,
-        is_tied=facts.is_tied,
-        max_positions=facts.max_positions,
-        bos_ids=facts.bos_ids,
-        eos_ids=facts.eos_ids,
-        tensors=tensors,
-    )
-    return Model(folder, dialect, desc, matrices, tuple(floats))
+    return Model(folder, described(arch, facts, tensors), matrices, tuple(floats))
 
 
 def _own_label(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:

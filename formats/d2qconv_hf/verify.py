@@ -43,21 +43,19 @@ def verify_folder(path: Path, facts: Facts, progress: Progress) -> list[Check]:
 def _record_check(model: Model, manifest: Manifest, progress: Progress) -> Check:
     """Every tensor decoded from its bytes has the digest that the quantizer's own decoding had."""
     recorded = manifest.decoded_sha256
-    matrices, floats = list(model.matrices), list(model.floats)
     found: dict[str, str] = {}
     n_values = 0
-    jobs = [(name, model.matrices.get(name)) for name in (*matrices, *floats)]
+    names = [*model.matrices, *model.floats]
 
-    def work(job: tuple[str, object]) -> tuple[str, bool, int]:
-        name, _ = job
+    def work(name: str) -> tuple[str, bool, int]:
         matrix = model.matrices.get(name)
         values = matrix.decode() if matrix is not None else model.folder.span(name).floats()
         return digest([values]), bool(values.any()), values.size
 
-    with closing(each(jobs, work, cost=lambda _: 0, budget=0, in_order=False)) as done:
+    with closing(each(names, work, cost=lambda _: 0, budget=0, in_order=False)) as done:
         for number, (sha256, is_something, size) in done:
-            name = jobs[number][0]
-            progress(len(found), len(jobs), f"decode {name}")
+            name = names[number]
+            progress(len(found), len(names), f"decode {name}")
             # Zero biases are there for a label's sake, and no record is kept of them.
             if name in recorded or is_something or not name.endswith(".bias"):
                 found[name] = sha256

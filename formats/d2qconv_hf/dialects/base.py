@@ -77,7 +77,8 @@ class Facts:
 
     name: of the exporter. runtime: the Python package that loads a folder, and `version` the first one that does.
     biases: model_types whose loader is known to honour biases of gate and up, as the package's config has them. bound:
-    largest accepted difference of a logit, over the largest one, of a model that is loaded as f32.
+    largest accepted difference of a logit, over the largest one, of a model that is loaded as f32. mixes_zeros: linears
+    of several types may have zero points.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Facts:
     version: str
     bound: float
     biases: frozenset[str] = field(default_factory=frozenset)
+    mixes_zeros: bool = True
 
 
 class Dialect(Protocol):

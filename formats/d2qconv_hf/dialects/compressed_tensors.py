@@ -33,7 +33,9 @@ _HEAD = "lm_head"
 class CompressedTensors:
     """The dialect; see the module."""
 
-    facts = Facts("safetensors", "compressed-tensors", "0.18", 1e-4, frozenset({"llama", "hy_v3"}))
+    facts = Facts(
+        "safetensors", "compressed-tensors", "0.18", 1e-4, frozenset({"llama", "hy_v3"}), mixes_zeros=False
+    )
 
     def refuse(self, grid: AffineGrid, shape: Sequence[int]) -> Refusal | None:
         """Nothing: a row's last word may have spare bits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ class Checkpoint:
         """A side file that is a JSON object, parsed, or None if it is absent. Raises InputError."""
         path = self.file(name)
         return None if path is None else read_json(path)
+
+    def copy_files(self, names: Iterable[str], folder: Path) -> None:
+        """Copy those side files that are there, byte for byte. Raises InputError as `file` does, and OSError."""
+        for name in names:
+            source = self.file(name)
+            if source is not None:
+                (folder / name).write_bytes(source.read_bytes())
 
     @property
     def name(self) -> str:

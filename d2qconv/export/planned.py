@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from d2qconv import __version__
 from d2qconv.errors import ExportError, Refusal
-from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan, once_a_role
+from d2qconv.export.base import Carrier, FloatType, Package, TargetPlan, TensorPlan, once_a_role
+from d2qconv.export.manifest import Manifest, file_records, write_manifest
 from d2qconv.ir.coded import Coded
 from d2qconv.names import Part, Role, TensorId
 
@@ -17,6 +20,12 @@ if TYPE_CHECKING:
     from d2qconv.arch.spec import ModelDesc
     from d2qconv.ir.model import QuantizedModel, Stored
 
+#: What a folder carries of a checkpoint byte for byte, where it is there.
+SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+)
 #: Linears of a block, in the order of their use.
 LINEARS = (Role.Q, Role.K, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN)
 
@@ -118,6 +127,31 @@ def provenance_facts(model: QuantizedModel) -> dict[str, str]:
         "calibration": about.calibration,
     }
     return found | {f"carrier.{kind}": carried for kind, carried in about.carriers.items()}
+
+
+def finish_folder(
+    folder: Path,
+    model: QuantizedModel,
+    plan: TargetPlan,
+    *,
+    format: str,
+    digests: Mapping[str, str],
+    requires: Mapping[str, str],
+    facts: Mapping[str, str],
+) -> Package:
+    """Write the manifest of a folder whose other files are all there. facts: besides those of the tensors."""
+    files = file_records(folder)
+    manifest = Manifest(
+        format=format,
+        version=__version__,
+        files=files,
+        decoded_sha256=dict(digests),
+        provenance=provenance_facts(model),
+        requires=dict(requires),
+        facts=tensor_facts(model.desc, plan) | dict(facts),
+    )
+    write_manifest(folder, manifest)
+    return Package(folder, sum(record.n_bytes for record in files.values()), digests)
 
 
 def tensor_facts(desc: ModelDesc, plan: TargetPlan) -> dict[str, str | int | float]:

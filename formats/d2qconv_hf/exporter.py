@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from d2qconv import __version__
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
 from d2qconv.checkpoint.open import Checkpoint
@@ -26,16 +25,16 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.export.manifest import Manifest, file_records, inspected, write_manifest
+from d2qconv.export.manifest import inspected
 from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
 from d2qconv.export.planned import (
     LINEARS,
+    SIDE_FILES,
     adopted_shapes,
     check_complete,
+    finish_folder,
     planned_or_refused,
-    provenance_facts,
     shapes_with_biases,
-    tensor_facts,
 )
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
@@ -52,12 +51,8 @@ from d2qconv_hf.verify import EXACT, PRODUCTS, verify_folder
 from d2qconv_hf.weights import Weights, module_name, stored_name
 
 RULES = OverrideOption("tensor-type", (*types.BITS, types.FLOAT), "int4")
-#: Carried byte for byte where the checkpoint has them.
-SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    *("generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE"),
-)
+#: Carried as well.
+LICENSES = ("LICENSE", "LICENSE.txt", "NOTICE")
 
 
 @dataclass(frozen=True)
@@ -112,23 +107,16 @@ class HfExporter:
             self.options.dtype,
         )
         _write_json(path / "config.json", config)
-        for name in SIDE_FILES:
-            source = checkpoint.file(name)
-            if source is not None:
-                (path / name).write_bytes(source.read_bytes())
-        files = file_records(path)
-        manifest = Manifest(
+        checkpoint.copy_files((*SIDE_FILES, *LICENSES), path)
+        return finish_folder(
+            path,
+            model,
+            plan,
             format=self.dialect.facts.name,
-            version=__version__,
-            files=files,
-            decoded_sha256=digests,
-            provenance=provenance_facts(model),
+            digests=digests,
             requires=self._requires(label),
-            facts=tensor_facts(model.desc, plan)
-            | {"dtype": self.options.dtype, PRODUCTS: _products(plan.tensors, self.options.dtype)},
+            facts={"dtype": self.options.dtype, PRODUCTS: _products(plan.tensors, self.options.dtype)},
         )
-        write_manifest(path, manifest)
-        return Package(path, sum(record.n_bytes for record in files.values()), digests)
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Decode with a reader of its own, then compare with the dialect's runtime; see `Exporter`."""

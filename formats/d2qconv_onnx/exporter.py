@@ -26,15 +26,15 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.export.manifest import Manifest, file_records, inspected, write_manifest
+from d2qconv.export.manifest import inspected
 from d2qconv.export.overrides import OverrideOption, last_that_holds
 from d2qconv.export.planned import (
+    SIDE_FILES,
     adopted_shapes,
     check_complete,
+    finish_folder,
     planned_or_refused,
-    provenance_facts,
     shapes_with_biases,
-    tensor_facts,
 )
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
@@ -114,19 +114,16 @@ class OnnxExporter:
         graph = build(model.desc, plan, data.places, Settings(__version__, self.options.exact))
         ir.save(graph, path / genai.MODEL)
         genai.write_config(model.desc, checkpoint, path / genai.CONFIG)
-        genai.carry_tokenizer(checkpoint, path)
-        files = file_records(path)
-        manifest = Manifest(
+        checkpoint.copy_files(SIDE_FILES, path)
+        return finish_folder(
+            path,
+            model,
+            plan,
             format="onnx",
-            version=__version__,
-            files=files,
-            decoded_sha256=dict(data.decoded_sha256),
-            provenance=provenance_facts(model),
+            digests=data.decoded_sha256,
             requires=_requires(plan.tensors),
-            facts=tensor_facts(model.desc, plan),
+            facts={},
         )
-        write_manifest(path, manifest)
-        return Package(path, sum(record.n_bytes for record in files.values()), data.decoded_sha256)
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Decode with a reader of its own, then run in ONNX Runtime and GenAI; see `Exporter`."""

@@ -16,12 +16,8 @@ from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import Refusal
 
 CONFIG, MODEL = "genai_config.json", "model.onnx"
-#: Carried byte for byte where the checkpoint has them. GenAI reads the first two.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
-)
+#: GenAI reads the tokenizer from these.
+NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json")
 #: Tokens that a generation may have unless it asks for another number; GenAI reserves keys and values for all of them.
 MAX_LENGTH = 4096
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -40,21 +36,13 @@ def source_refusals(checkpoint: Checkpoint) -> Iterator[Refusal]:
                 f"ONNX Runtime GenAI refuses tokens that are not in the vocabulary: {beyond[0]} of {vocab}",
                 "correct the file, or remove it",
             )
-    for name in TOKENIZER_FILES[:2]:
+    for name in NEEDED_FILES:
         if checkpoint.file(name) is None:
             yield Refusal(
                 name,
                 "ONNX Runtime GenAI reads the tokenizer from it and the checkpoint has none",
                 "save the tokenizer with transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
-
-
-def carry_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the tokenizer's files."""
-    for name in TOKENIZER_FILES:
-        source = checkpoint.file(name)
-        if source is not None:
-            (folder / name).write_bytes(source.read_bytes())
 
 
 def write_config(desc: ModelDesc, checkpoint: Checkpoint, path: Path) -> None:

@@ -18,6 +18,7 @@ LIGHT = (
     "cli.py",
     "console.py",
     "errors.py",
+    "facts.py",
     "names.py",
     "options.py",
     "progress.py",

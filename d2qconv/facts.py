@@ -1,0 +1,126 @@
+"""What --json prints: plans, outcomes, checks and exporters as objects for scripts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from d2qconv import allocation_view
+from d2qconv.export.base import Check
+from d2qconv.export.discover import Found
+
+if TYPE_CHECKING:
+    from d2qconv.job import Planned
+    from d2qconv.outcome import Outcome
+
+
+def check_facts(check: Check) -> dict[str, Any]:
+    """One check as JSON."""
+    return {
+        "name": check.name,
+        "detail": check.detail,
+        "is_passed": check.is_passed,
+        "is_skipped": check.is_skipped,
+    }
+
+
+def exporter_facts(found: Found) -> dict[str, Any]:
+    """One exporter as JSON."""
+    info = found.info
+    return {
+        "name": found.name,
+        "summary": info.summary if info else "",
+        "origin": found.origin,
+        "is_ready": found.is_ready,
+        "state": found.state,
+        "architectures": list(info.architectures) if info else [],
+    }
+
+
+def plan_facts(planned: Planned) -> dict[str, Any]:
+    """A plan as JSON."""
+    from d2qconv.walk.memory import footprint_facts
+
+    target = planned.target
+    return {
+        "source": planned.checkpoint.source,
+        "architecture": planned.desc.arch.id,
+        "layout": target.layout,
+        "n_weights": planned.n_weights,
+        "n_bytes": target.n_bytes,
+        "bits_per_weight": planned.bits_per_weight,
+        "carrier": target.carrier,
+        "carrier_note": target.carrier_note,
+        "loads_in": target.loads_in,
+        "warnings": target.warnings,
+        "widths": target.widths,
+        "memory": footprint_facts(planned.footprint),
+        "allocation": None if planned.allocation is None else allocation_view.facts(planned.allocation),
+        "last_pass": {
+            "scope": planned.last_pass.scope,
+            "steps": planned.last_pass.steps,
+            "own": planned.last_pass.own,
+        },
+        "tensors": [
+            {
+                "id": str(t.id),
+                "stored_as": t.stored_as,
+                "shape": t.shape,
+                "type": t.type_name,
+                "n_bytes": t.n_bytes,
+                "note": t.note,
+            }
+            for t in target.tensors
+        ],
+    }
+
+
+def outcome_facts(outcome: Outcome) -> dict[str, Any]:
+    """What a conversion gave, as JSON."""
+    return {
+        "path": str(outcome.path),
+        "n_bytes": outcome.n_bytes,
+        "bits_per_weight": outcome.bits_per_weight,
+        "kld": outcome.kld,
+        "perplexity_source": outcome.perplexity_source,
+        "perplexity": outcome.perplexity,
+        "same_top": outcome.same_top,
+        "n_tokens": outcome.n_tokens,
+        "last_pass": outcome.last_pass,
+        "kld_unrefined": outcome.kld_unrefined,
+        "allocation": None if outcome.allocation is None else allocation_view.facts(outcome.allocation),
+        "checks": [check_facts(c) for c in outcome.checks],
+        "also": [
+            {
+                "format": also.format,
+                "path": str(also.path),
+                "n_bytes": also.n_bytes,
+                "checks": [check_facts(c) for c in also.checks],
+            }
+            for also in outcome.also
+        ],
+        "folds": [
+            {
+                "name": f.name,
+                "block": f.block,
+                "carrier": f.carrier,
+                "residual": f.residual,
+                "meaning": f.meaning,
+                "explained": f.explained,
+            }
+            for f in outcome.folds
+        ],
+        "errors": [{"tensor": e.tensor, "weight": e.weight, "output": e.output} for e in outcome.errors],
+        "loads_in": outcome.loads_in,
+        "fingerprint": outcome.fingerprint,
+        "seconds": outcome.seconds,
+        "memory": {
+            "activations": outcome.footprint.place,
+            "gpu_allocated": outcome.peaks.gpu_allocated,
+            "gpu_reserved": outcome.peaks.gpu_reserved,
+            "gpu_predicted": outcome.footprint.gpu_peak if outcome.footprint.gpu else None,
+            "host": outcome.peaks.host,
+            "is_host_with_files": outcome.peaks.is_host_with_files,
+            "host_predicted": outcome.footprint.host_peak,
+            "disk_bytes": outcome.footprint.disk_bytes,
+        },
+    }

@@ -304,6 +304,13 @@ class ExporterInfo:
         """The required modules that are not installed. Imports none of them."""
         return tuple(m for m in self.requires if find_spec(m) is None)
 
+    def default_options(self) -> object:
+        """The options, none given; raises PluginError if one has no default."""
+        try:
+            return self.options()
+        except TypeError as error:
+            raise PluginError(f"the exporter's options need values: {error}", where=self.name) from error
+
     def load(self, options: object) -> Exporter:
         """Import the exporter and make it; raises PluginError with the pip command if a library is missing."""
         missing = self.missing()

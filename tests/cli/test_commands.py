@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -14,6 +14,7 @@ from d2qconv import cli
 from d2qconv.console import Console
 from d2qconv.errors import InputError, VerifyError
 from d2qconv.export.discover import discover
+from d2qconv.options import Calibration, Method
 from d2qconv.run import CalibrationSpec, Recipe
 
 COMMANDS = ("plan", "verify", "inspect", "exporters", "demo", "to-fake", "to-gguf")
@@ -46,11 +47,11 @@ def test_root_help_lists_commands_and_exit_codes(d2q):
 
 def test_options_mirror_the_contracts():
     assert {f.name: f.default for f in fields(Recipe)} == {
-        f.name: f.default for f in fields(cli.Method) if f.name != "carrier"
+        f.name: f.default for f in fields(Method) if f.name != "carrier"
     }
     renamed = {"calibration" if f.name == "source" else f.name: f.default for f in fields(CalibrationSpec)}
-    assert renamed == {f.name: f.default for f in fields(cli.Calibration)}
-    assert set(get_args(cli.get_type_hints(cli.Method)["rounding"])) == {"gptq", "nearest"}
+    assert renamed == {f.name: f.default for f in fields(Calibration)}
+    assert set(get_args(get_type_hints(Method)["rounding"])) == {"gptq", "nearest"}
 
 
 @pytest.mark.usefixtures("fake")

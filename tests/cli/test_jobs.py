@@ -13,7 +13,7 @@ import pytest
 
 from d2qconv import errors, pipeline
 from d2qconv.budget import Budget, Peaks
-from d2qconv.cli import DEMO_MODEL
+from d2qconv.commands.demo import DEMO_MODEL
 from d2qconv.errors import PlanError, Refusal, RunError, refuse
 from d2qconv.export.base import Carrier, Check, FloatType, TargetPlan, TensorPlan
 from d2qconv.fold.corrections import FoldRecord

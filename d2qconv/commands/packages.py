@@ -1,0 +1,66 @@
+"""`verify`, `inspect` and `exporters`: what is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from cyclopts import App
+
+from d2qconv.commands.parameters import TALK, File, Format, ReportOptions
+from d2qconv.console import Console, by_steps
+from d2qconv.errors import InputError, VerifyError
+from d2qconv.export.base import ExporterInfo
+from d2qconv.export.discover import Found, find, for_file
+
+
+def add(app: App, found: Collection[Found], console: Console) -> None:
+    """Add them."""
+
+    def verify(file: File, /, *, format_name: Format = "", report: ReportOptions = TALK) -> None:
+        info = exporter_of(file, format_name, found)
+        exporter = info.load(info.default_options())
+        report.tell(console)
+        with console.watch() as watch:
+            checks = exporter.verify(file, by_steps(watch, "verify"))
+        console.show_checks(file, checks)
+        failed = [c for c in checks if not c.is_passed]
+        if failed:
+            raise VerifyError(
+                "not what the quantizer made: " + "; ".join(f"{c.name}: {c.detail}" for c in failed),
+                where=str(file),
+                todo="convert again; a second failure is a bug in d2qconv",
+            )
+
+    def inspect(file: File, /, *, format_name: Format = "", report: ReportOptions = TALK) -> None:
+        info = exporter_of(file, format_name, found)
+        report.tell(console)
+        console.show_facts(file, info.load(info.default_options()).inspect(file))
+
+    def exporters(*, report: ReportOptions = TALK) -> None:
+        report.tell(console)
+        console.show_exporters(found)
+
+    app.command(
+        verify,
+        help="Compare every tensor of a package bit for bit with its record, through an independent reader; then "
+        "load it in its runtime, where that is installed.",
+        help_epilogue="Example:\n  d2qconv verify qwen3-8b-q2_k.gguf",
+    )
+    app.command(
+        inspect,
+        help="Print what is in a package: layout, sizes, where it comes from. Reads no weights.",
+        help_epilogue="Example:\n  d2qconv inspect qwen3-8b-q2_k.gguf --json",
+    )
+    app.command(
+        exporters,
+        help="List the installed exporters, those that cannot be used with the reason.",
+        help_epilogue="Example:\n  d2qconv exporters",
+    )
+
+
+def exporter_of(file: Path, name: str, found: Collection[Found]) -> ExporterInfo:
+    """The exporter that wrote a package; raises InputError or PluginError. name: empty to find it out."""
+    if not file.exists():
+        raise InputError("there is no such file", where=str(file))
+    return find(name, found) if name else for_file(file, found)

@@ -56,6 +56,11 @@ class FloatType(StrEnum):
 
         return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[self.value]
 
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> FloatType:
+        """The one of that type; raises StopIteration for another."""
+        return next(kind for kind in cls if kind.dtype == dtype)
+
 
 def type_name(storage: Grid | FloatType) -> str:
     """What a storage is called: `q2_k`, `f32`, …"""
@@ -266,7 +271,8 @@ class Adopting(Protocol):
     ) -> TargetPlan:
         """As `plan`: for each of these tensors a storage of its own that holds all values of the given one exactly.
 
-        What no storage holds is refused.
+        What no storage holds is refused. Of tensors that are not among them the exporter decides by its options, with
+        what is nearest to the source where these say nothing.
         """
 
 

@@ -8,15 +8,54 @@ leaves every decoded f32 value as it is, since decode computes step · (code - z
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid, Params
 
 #: Steps that a storage type holds besides its own.
 _HOLDS = {"f32": ("f32", "f16", "bf16"), "f16": ("f16",), "bf16": ("bf16",)}
+
+
+@dataclass(frozen=True)
+class FoundGrid(AffineGrid):
+    """The affine grid of a matrix that is quantized already, with what its parameters happen to be.
+
+    least_zero, most_zero: its zero points, the middle code where it has none. has_f16_offsets: step · zero is an f16
+    everywhere.
+    """
+
+    least_zero: int = 0
+    most_zero: int = 255
+    has_f16_offsets: bool = False
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The least and the largest that code - zero can be."""
+        return -self.most_zero, self.levels - 1 - self.least_zero
+
+
+def span_of(grid: AffineGrid) -> tuple[int, int]:
+    """The least and the largest that code - zero can be on an affine grid without offsets."""
+    if isinstance(grid, FoundGrid):
+        return grid.span
+    middle = grid.levels // 2
+    return (-middle, middle - 1) if grid.zero == "none" else (1 - grid.levels, grid.levels - 1)
+
+
+@runtime_checkable
+class Containing(Protocol):
+    """A grid of some format that holds values of affine grids by codes of its own. Optional."""
+
+    def contains(self, given: AffineGrid) -> bool:
+        """Whether every value of `given` is one of its own, whatever the parameters are."""
+
+    def contained(self, given: AffineGrid, codes: Tensor, params: Params) -> tuple[Tensor, Params]:
+        """Its codes and parameters for these on `given`, which it contains."""
 
 
 @runtime_checkable
@@ -38,22 +77,38 @@ def as_affine(grid: Grid) -> AffineGrid | None:
     return grid.affine_grid if isinstance(grid, AffineLike) else None
 
 
-def holds(wide: AffineGrid, grid: Grid) -> bool:
-    """Whether every value of `grid` has the same code on `wide`, whatever the parameters are."""
+def holds(wide: Grid, grid: Grid) -> bool:
+    """Whether every value of `grid` is one of `wide`, whatever the parameters are."""
     narrow = as_affine(grid)
-    if narrow is None or narrow.bits != wide.bits or narrow.group % wide.group or wide.is_per_channel:
+    if narrow is not None and isinstance(wide, Containing):
+        return wide.contains(narrow)
+    return narrow is not None and isinstance(wide, AffineGrid) and _has_same_codes(wide, narrow)
+
+
+def _has_same_codes(wide: AffineGrid, narrow: AffineGrid) -> bool:
+    """Whether values of `narrow` have the same codes on `wide`."""
+    if narrow.bits != wide.bits or narrow.group % wide.group or wide.is_per_channel:
         return False
     is_zero_held = narrow.zero == wide.zero or (narrow.zero, wide.zero) == ("none", "integer")
-    is_step_held = wide.significand in (0, narrow.significand)
+    is_step_held = wide.significand == 0 or 0 < narrow.significand <= wide.significand
     return is_zero_held and is_step_held and narrow.scale in _HOLDS[wide.scale]
 
 
-def widened(grid: Grid, params: Params, wide: AffineGrid) -> Params:
-    """Parameters on `wide`, which holds `grid`, for the same codes."""
+def placed(grid: Grid, codes: Tensor, params: Params, wide: Grid) -> tuple[Tensor, Params]:
+    """Codes and parameters on `wide`, which holds `grid`, for the same values."""
     narrow = as_affine(grid)
-    assert narrow is not None, "only what is affine is held by an affine grid"
+    assert narrow is not None, "only what is affine is held by another grid"
     assert holds(wide, grid), f"{wide.id} does not hold {grid.id}"
-    found = dict(grid.affine_params(params) if isinstance(grid, AffineLike) else params)
+    found = grid.affine_params(params) if isinstance(grid, AffineLike) else params
+    if isinstance(wide, Containing):
+        return wide.contained(narrow, codes, found)
+    assert isinstance(wide, AffineGrid), "what holds is affine, or says that it contains"
+    return codes, _widened(narrow, found, wide)
+
+
+def _widened(narrow: AffineGrid, params: Params, wide: AffineGrid) -> Params:
+    """Parameters on `wide` for the same codes."""
+    found = dict(params)
     repeats = narrow.group // wide.group
     found = {name: p.repeat_interleave(repeats, dim=1) for name, p in found.items()}
     for name in wide.scales:

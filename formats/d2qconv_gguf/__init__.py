@@ -17,7 +17,7 @@ class GgufOptions:
     """How the weights are stored.
 
     type: of the matrices inside the blocks, by rising size: tq2_0, iq2_xxs, q2_0, iq2_xs, iq2_s, q2_k, iq3_xxs, iq3_s,
-        q3_k, iq4_xs, iq4_nl, q4_k, q4_0, q5_k, q6_k, q8_0, or unquantized f16, bf16, f32. By default q2_k.
+        q3_k, iq4_xs, iq4_nl, q4_k, q4_0, q4_1, q5_0, q5_k, q6_k, q8_0, or unquantized f16, bf16, f32. By default q2_k.
     mix: instead of type, the types that llama-quantize gives every matrix under a name such as Q2_K, IQ2_M or Q4_K_M,
         embedding and head included.
     embedding: of the token embedding, and with it of a tied head; the same choices as for type. By default q8_0, or
@@ -65,8 +65,8 @@ INFO = ExporterInfo(
     example="d2qconv to-gguf Qwen/Qwen3-8B -o qwen3-8b-q2_k.gguf",
     architectures=("llama", "mistral", "qwen2", "qwen3"),
     facts={
-        "types": "tq2_0 iq2_xxs q2_0 iq2_xs iq2_s q2_k iq3_xxs iq3_s q3_k iq4_xs iq4_nl q4_k q4_0 q5_k q6_k q8_0, "
-        "embeddings also f16 bf16 f32; the mixes of llama-quantize",
+        "types": "tq2_0 iq2_xxs q2_0 iq2_xs iq2_s q2_k iq3_xxs iq3_s q3_k iq4_xs iq4_nl q4_k q4_0 q4_1 q5_0 "
+        "q5_k q6_k q8_0, embeddings also f16 bf16 f32; the mixes of llama-quantize",
         "loads in": "llama.cpp and all that is built on it",
         "mean shift": "exact FFN biases (llama, mistral; qwen2 as llama), rank-1 fold (qwen3)",
     },

@@ -32,10 +32,12 @@ from d2qconv.export.base import (
 )
 from d2qconv.export.file_set import member
 from d2qconv.export.planned import shapes_with_biases
+from d2qconv.grids.exact import holds
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, base_gguf, candidates, imatrix, shards, types, widths, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
+from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.metadata import (
     KV,
     METADATA_SHA256,
@@ -91,6 +93,16 @@ class GgufExporter:
         """The same with the storages that a measurement chose; see `Allocating`."""
         return self._plan(model, carrier, chosen)
 
+    def plan_adopted(
+        self, model: ModelDesc, carrier: Carrier, storages: Mapping[TensorId, types.Storage]
+    ) -> TargetPlan:
+        """The type of fewest bytes that holds every value; see `Adopting`."""
+        plan = self._plan(model, carrier, None, adopted=storages)
+        why = "the codes are there already, and their values say which type holds them"
+        given = [n for n in ("type", "mix", "size", "bpw") if getattr(self.options, n) is not None]
+        found = [Refusal(f"option {name}", why, "leave it out, or quantize again") for name in given]
+        return replace(plan, refusals=(*plan.refusals, *found))
+
     def candidates(
         self, model: ModelDesc, checkpoint: Checkpoint, carrier: Carrier | None
     ) -> Candidates | None:
@@ -106,9 +118,13 @@ class GgufExporter:
         )
 
     def _plan(
-        self, model: ModelDesc, carrier: Carrier | None, wanted: Mapping[TensorId, types.Storage] | None
+        self,
+        model: ModelDesc,
+        carrier: Carrier | None,
+        wanted: Mapping[TensorId, types.Storage] | None,
+        adopted: Mapping[TensorId, types.Storage] | None = None,
     ) -> TargetPlan:
-        """wanted: storages that were chosen, None if nothing was."""
+        """wanted: storages that were chosen, None if nothing was. adopted: those of another format, likewise."""
         refusals = [*candidates.refusals(self.options)]
         ways = WAYS.get(model.arch.id)
         if ways is None:
@@ -132,9 +148,12 @@ class GgufExporter:
         tensors: list[TensorPlan] = []
         unfit: dict[tuple[Role, str, str], list[TensorId]] = {}
         asked = partial(_storage, type_map=type_map)
-        instead = widths.substitutes(model, asked, self.options.pad)
+        instead = widths.substitutes(model, asked, self.options.pad) if adopted is None else {}
         for tensor in shapes:
-            planned = _tensor(tensor, shapes[tensor], asked, instead)
+            if adopted is None:
+                planned = _tensor(tensor, shapes[tensor], asked, instead)
+            else:
+                planned = _adopted(tensor, shapes[tensor], type_map, adopted.get(tensor))
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
@@ -274,6 +293,33 @@ def _tensor(
     if refusal is not None:
         return refusal
     return TensorPlan(tensor, gguf_name(tensor), shape, stored, types.n_bytes(stored, shape), note)
+
+
+def _adopted(
+    tensor: TensorId, shape: tuple[int, ...], type_map: TypeMap, given: types.Storage | None
+) -> TensorPlan | Refusal:
+    """A tensor in the type of fewest bytes that holds what it is given in.
+
+    given: None where that is for the options to say; if they do not, it stays what the checkpoint has.
+    """
+    name = gguf_name(tensor)
+    if tensor.part is Part.BIAS or tensor.role in _NORMS:
+        return TensorPlan(tensor, name, shape, FloatType.F32, types.n_bytes(FloatType.F32, shape))
+    if given is None:
+        asked = type_map.asked(tensor)
+        given = FloatType.of(type_map.model.tensors[tensor].dtype) if asked is None else types.storage(asked)
+        assert given is not None, "what the options name is refused if there is no such type"
+        fault = types.shape_refusal(str(tensor), given, shape)
+        return fault or TensorPlan(tensor, name, shape, given, types.n_bytes(given, shape))
+    if isinstance(given, FloatType):
+        return TensorPlan(tensor, name, shape, given, types.n_bytes(given, shape))
+    fitting = [grid for grid in GRIDS.values() if grid is given or holds(grid, given)]
+    fitting = [grid for grid in fitting if grid.accepts(shape) is None]
+    if not fitting:
+        why = f"no type of llama.cpp holds the values of {given.id} exactly"
+        return Refusal(str(tensor), why, "quantize for GGUF by itself")
+    best = min(fitting, key=lambda grid: types.n_bytes(grid, shape))
+    return TensorPlan(tensor, name, shape, best, types.n_bytes(best, shape), f"holds {given.id}")
 
 
 def _storage(tensor: TensorId, type_map: TypeMap) -> types.Storage | None:

@@ -43,6 +43,8 @@ FILE_TYPES: Mapping[str, int] = {
     "q2_0": FILE_TYPE_Q2_0,
     "tq2_0": LlamaFileType.MOSTLY_TQ2_0,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,

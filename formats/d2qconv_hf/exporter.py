@@ -79,7 +79,7 @@ class HfExporter:
         refusals = self._carrier_refusals(model, carrier)
         shapes = {} if refusals else adopted_shapes(model, storages)
         return self._target(
-            model, carrier, shapes, lambda t, shape: self._adopted(model, t, shape, storages[t]), refusals
+            model, carrier, shapes, lambda t, shape: self._adopted(model, t, shape, storages.get(t)), refusals
         )
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
@@ -254,10 +254,10 @@ class HfExporter:
         return TensorPlan(tensor, stored_name(model, tensor), shape, storage, n_bytes, note)
 
     def _adopted(
-        self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType
+        self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType | None
     ) -> TensorPlan | Refusal:
-        """A tensor on the grid that holds `given`'s values; embedding and head as floats."""
-        if len(shape) == 1 or isinstance(given, FloatType):
+        """A tensor on the grid that holds `given`'s values; embedding and head as floats, and what is given in none."""
+        if len(shape) == 1 or given is None or isinstance(given, FloatType):
             return self._float(model, tensor, shape)
         if tensor.role not in LINEARS:
             # Floats that hold every decoded value.

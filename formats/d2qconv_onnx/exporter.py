@@ -97,7 +97,12 @@ class OnnxExporter:
     ) -> TargetPlan:
         """Blocks as large as ONNX Runtime is fast with and the given groups allow; see `Adopting`."""
         shapes = adopted_shapes(model, storages)
-        return self._target(model, carrier, shapes, lambda t, shape: _adopted(t, shape, storages[t]))
+
+        def choose(tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
+            given = storages.get(tensor)
+            return self._nearest(tensor, shape) if given is None else _adopted(tensor, shape, given)
+
+        return self._target(model, carrier, shapes, choose, self._option_refusals(model))
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
         """Whether ONNX Runtime GenAI finds a tokenizer, and takes its special tokens; see `Exporter`."""
@@ -173,6 +178,19 @@ class OnnxExporter:
             return Refusal(refusal.where, refusal.why, _way_out(shape[1]))
         note = "3-bit codes in a 4-bit container" if types.container(grid) != grid.bits else ""
         return TensorPlan(tensor, name, shape, grid, types.n_bytes(grid, shape), note)
+
+    def _nearest(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
+        """A tensor of floats: matrices in 8 bits, unless an option names them, since all matrices here are codes."""
+        name = stored_name(tensor)
+        if len(shape) == 1:
+            return TensorPlan(tensor, name, shape, FloatType.F32, 4 * shape[0])
+        if tensor.block is None or last_that_holds(self._overrides, tensor) is not None:
+            return self._tensor(tensor, shape)
+        for block in map(int, types.BLOCKS):
+            grid = types.grid("int8", block)
+            if grid.accepts(shape) is None:
+                return TensorPlan(tensor, name, shape, grid, types.n_bytes(grid, shape))
+        return self._tensor(tensor, shape)
 
     def _warnings(self, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
         grids = [t.storage for t in tensors if isinstance(t.storage, AffineGrid)]

@@ -23,6 +23,8 @@ HALVES = {
     "q2_0": (0,),
     "tq2_0": (64,),
     "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
     "q8_0": (0,),
 }
 
@@ -91,6 +93,14 @@ class TestTQ20(GgufLaws):
 
 class TestQ40(GgufLaws):
     grid, codec, max_fit_error = GRIDS["q4_0"], CODECS["q4_0"], 0.0068
+
+
+class TestQ41(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q4_1"], CODECS["q4_1"], 0.0056
+
+
+class TestQ50(GgufLaws):
+    grid, codec, max_fit_error = GRIDS["q5_0"], CODECS["q5_0"], 0.0017
 
 
 class TestQ80(GgufLaws):

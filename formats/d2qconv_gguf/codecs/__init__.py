@@ -9,7 +9,7 @@ from d2qconv_gguf.codecs.base import Codec
 from d2qconv_gguf.codecs.code_books import IQ2SCodec, IQ2XSCodec, IQ2XXSCodec, IQ3SCodec, IQ3XXSCodec
 from d2qconv_gguf.codecs.iq4 import IQ4NLCodec, IQ4XSCodec
 from d2qconv_gguf.codecs.k_quants import Q2KCodec, Q3KCodec, Q4KCodec, Q5KCodec, Q6KCodec
-from d2qconv_gguf.codecs.legacy import Q20Codec, Q40Codec, Q80Codec, TQ20Codec
+from d2qconv_gguf.codecs.legacy import Q20Codec, Q40Codec, Q41Codec, Q50Codec, Q80Codec, TQ20Codec
 from d2qconv_gguf.grids import GRIDS
 
 #: One for every grid of `GRIDS`.
@@ -30,6 +30,8 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
         "q2_0": Q20Codec(GRIDS["q2_0"]),
         "tq2_0": TQ20Codec(GRIDS["tq2_0"]),
         "q4_0": Q40Codec(GRIDS["q4_0"]),
+        "q4_1": Q41Codec(GRIDS["q4_1"]),
+        "q5_0": Q50Codec(GRIDS["q5_0"]),
         "q8_0": Q80Codec(GRIDS["q8_0"]),
     }
 )

@@ -1,4 +1,7 @@
-"""The types with one f16 d a block: Q2_0, TQ2_0, Q4_0, Q8_0. Layouts: block_q2_0, … in ggml-common.h."""
+"""The types with one f16 d a block, or d and m: Q2_0, TQ2_0, Q4_0, Q4_1, Q5_0, Q8_0.
+
+Layouts: block_q2_0, … in ggml-common.h.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,41 @@ class Q40Codec(Codec):
 
     def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
         return split_planes(blocks[:, 2:], 4, 16), {"d": f16_values(blocks[:, :2])}
+
+
+class Q41Codec(Codec):
+    """f16 d, f16 m, `qs[16]` as Q4_0's."""
+
+    ggml_type = GGMLQuantizationType.Q4_1
+    block_bytes = 20
+
+    def _pack(self, codes: Bytes, params: dict[str, NDArray[np.generic]]) -> Bytes:
+        return np.concatenate(
+            [f16_bytes(params["d"]), f16_bytes(params["m"]), join_planes(codes, 4, 16)], axis=1
+        )
+
+    def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
+        return split_planes(blocks[:, 4:], 4, 16), {
+            "d": f16_values(blocks[:, :2]),
+            "m": f16_values(blocks[:, 2:4]),
+        }
+
+
+class Q50Codec(Codec):
+    """f16 d, `qh[4]`: the fifth bit of column i in bit i, `qs[16]` as Q4_0's."""
+
+    ggml_type = GGMLQuantizationType.Q5_0
+    block_bytes = 22
+
+    def _pack(self, codes: Bytes, params: dict[str, NDArray[np.generic]]) -> Bytes:
+        high = np.packbits(codes >> np.uint8(4), axis=1, bitorder="little")
+        return np.concatenate(
+            [f16_bytes(params["d"]), high, join_planes(codes & np.uint8(15), 4, 16)], axis=1
+        )
+
+    def _unpack(self, blocks: Bytes) -> tuple[Bytes, dict[str, NDArray[np.generic]]]:
+        high = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+        return split_planes(blocks[:, 6:], 4, 16) | high << np.uint8(4), {"d": f16_values(blocks[:, :2])}
 
 
 class Q20Codec(Codec):

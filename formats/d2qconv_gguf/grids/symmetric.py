@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2qconv.grids.affine import BITS, GROUPS, AffineGrid
 from d2qconv.grids.base import Params
+from d2qconv.grids.exact import span_of
 from d2qconv_gguf.grids.levels import IQ4_LEVELS
 from d2qconv_gguf.grids.problem import Problem, has_kernels, row_chunks
 from d2qconv_gguf.grids.scalar import ScalarGrid
@@ -121,6 +122,29 @@ class SingleStep(ScalarGrid):
             return {"step": step}
         return {"step": step, "zero": torch.full_like(step, self.zero, dtype=torch.uint8)}
 
+    def contains(self, given: AffineGrid) -> bool:
+        """Whether code - zero of `given`, or its negative, is within the levels here; see `Containing`."""
+        return self._sign(given) != 0
+
+    def contained(self, given: AffineGrid, codes: Tensor, params: Params) -> tuple[Tensor, Params]:
+        """Levels moved to the zero here, the step's sign turned with them where only so they fit."""
+        sign, n = self._sign(given), codes.shape[0]
+        zero = params["zero"].to(torch.int16) if given.zero == "integer" else given.levels // 2
+        step = params["step"].expand(n, -1).repeat_interleave(given.group // self.group, dim=1)
+        levels = codes.to(torch.int16).view(n, -1, given.group)
+        levels = (levels - (zero[:, :, None] if isinstance(zero, Tensor) else zero)) * sign + self.zero
+        return levels.view(n, -1).to(torch.uint8), {"d": (step * sign).contiguous()}
+
+    def _sign(self, given: AffineGrid) -> int:
+        """1 or -1: by which the levels of `given` fit; 0 if by none."""
+        if self.table or given.zero == "float" or given.scale != "f16" or given.group % self.block:
+            return 0
+        low, high = span_of(given)
+        least, most = -self.zero, self.levels - 1 - self.zero
+        if least <= low and high <= most:
+            return 1
+        return -1 if least <= -high and -low <= most else 0
+
     def affine(self, params: Params, blocks: slice, groups: slice) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
         """Give step = d."""
         return params["d"][:, blocks, None].to(torch.float32), None
@@ -144,6 +168,14 @@ class Q40(SingleStep):
     id = "q4_0"
     block, group, levels, zero, block_bytes = 32, 32, 16, 8, 18
     search = SymmetricShape(-8, 7, tuple(5.0 + 0.2 * k for k in range(20)))
+
+
+class Q50(SingleStep):
+    """5-bit codes: 22 bytes per 32. decode = d·(code - 16)."""
+
+    id = "q5_0"
+    block, group, levels, zero, block_bytes = 32, 32, 32, 16, 22
+    search = SymmetricShape(-16, 15, tuple(12.0 + 0.3 * k for k in range(20)))
 
 
 class IQ4NL(SingleStep):

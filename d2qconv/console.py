@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 
-from d2qconv import allocation_view
+from d2qconv import allocation_view, import_view
 from d2qconv.budget import Peaks, gibibytes
 from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
@@ -27,6 +27,7 @@ from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
     from d2qconv.fold.corrections import FoldRecord
+    from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
     from d2qconv.names import TensorId
     from d2qconv.outcome import Outcome
@@ -102,6 +103,41 @@ class Console:
             f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
         )
 
+    def show_import_plan(self, planned: PlannedImport, *, is_all: bool) -> None:
+        """The same of a checkpoint that is quantized already."""
+        target = planned.target
+        if self._is_json:
+            self._emit(import_view.plan_facts(planned))
+            return
+        if not self._is_quiet:
+            self._table(*(_each_tensor(target) if is_all else _by_role(target)))
+            self._line()
+            self._pairs(import_view.plan_pairs(planned))
+        self._line(
+            f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
+        )
+
+    def announce_import(self, planned: PlannedImport) -> None:
+        """What is about to be imported, in normal mode."""
+        if not (self._is_json or self._is_quiet):
+            self.show_import_plan(planned, is_all=False)
+            self._line(f"into {planned.job.output}")
+            self._line()
+
+    def show_imported(self, done: Imported) -> None:
+        """What was written of a checkpoint that is quantized already."""
+        if self._is_json:
+            self._emit(import_view.outcome_facts(done))
+            return
+        if not self._is_quiet:
+            self._written(done)
+            self._pairs([*import_view.outcome_pairs(done), ("took", duration(done.seconds))])
+            self._line()
+        self._line(
+            f"{done.path}: {size(done.n_bytes)}, {done.bits_per_weight:.2f} bits per weight without metadata, "
+            f"{done.n_exact} matrices exact, {len(done.rounded)} rounded"
+        )
+
     def announce(self, planned: Planned) -> None:
         """What is about to be done, in normal mode: the plan by role, the recipe, the calibration, the device."""
         if self._is_json or self._is_quiet:
@@ -121,12 +157,7 @@ class Console:
             self._emit(outcome_facts(outcome) | ({"sample": sample} if sample else {}))
             return
         if not self._is_quiet:
-            self._checks(outcome.checks)
-            for also in outcome.also:
-                self._line()
-                self._line(f"{also.format}, the same codes: {also.path}, {size(also.n_bytes)}")
-                self._checks(also.checks)
-            self._line()
+            self._written(outcome)
             self._pairs(_outcome_pairs(outcome))
             if sample:
                 self._line()
@@ -183,6 +214,15 @@ class Console:
         width = max((len(name) for name, _ in listed), default=0)
         for name, value in listed:
             self._line(f"{name:<{width}}  {value}")
+
+    def _written(self, done: Outcome | Imported) -> None:
+        """What was checked of every package."""
+        self._checks(done.checks)
+        for also in done.also:
+            self._line()
+            self._line(f"{also.format}, the same codes: {also.path}, {size(also.n_bytes)}")
+            self._checks(also.checks)
+        self._line()
 
     def _checks(self, checks: Sequence[Check]) -> None:
         for check in checks:

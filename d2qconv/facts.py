@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from d2qconv import allocation_view
-from d2qconv.export.base import Check
+from d2qconv.export.base import Check, TargetPlan
 from d2qconv.export.discover import Found
 
 if TYPE_CHECKING:
     from d2qconv.job import Planned
-    from d2qconv.outcome import Outcome
+    from d2qconv.outcome import AlsoWritten, Outcome
 
 
 def check_facts(check: Check) -> dict[str, Any]:
@@ -60,17 +60,32 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
             "steps": planned.last_pass.steps,
             "own": planned.last_pass.own,
         },
-        "tensors": [
-            {
-                "id": str(t.id),
-                "stored_as": t.stored_as,
-                "shape": t.shape,
-                "type": t.type_name,
-                "n_bytes": t.n_bytes,
-                "note": t.note,
-            }
-            for t in target.tensors
-        ],
+        "tensors": tensor_facts(target),
+    }
+
+
+def tensor_facts(target: TargetPlan) -> list[dict[str, Any]]:
+    """Every planned tensor as JSON."""
+    return [
+        {
+            "id": str(t.id),
+            "stored_as": t.stored_as,
+            "shape": t.shape,
+            "type": t.type_name,
+            "n_bytes": t.n_bytes,
+            "note": t.note,
+        }
+        for t in target.tensors
+    ]
+
+
+def also_facts(also: AlsoWritten) -> dict[str, Any]:
+    """A further package as JSON."""
+    return {
+        "format": also.format,
+        "path": str(also.path),
+        "n_bytes": also.n_bytes,
+        "checks": [check_facts(c) for c in also.checks],
     }
 
 
@@ -89,15 +104,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "kld_unrefined": outcome.kld_unrefined,
         "allocation": None if outcome.allocation is None else allocation_view.facts(outcome.allocation),
         "checks": [check_facts(c) for c in outcome.checks],
-        "also": [
-            {
-                "format": also.format,
-                "path": str(also.path),
-                "n_bytes": also.n_bytes,
-                "checks": [check_facts(c) for c in also.checks],
-            }
-            for also in outcome.also
-        ],
+        "also": [also_facts(also) for also in outcome.also],
         "folds": [
             {
                 "name": f.name,

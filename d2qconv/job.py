@@ -27,8 +27,8 @@ class Also:
 
 
 @dataclass(frozen=True)
-class Adopted:
-    """What will be written of an `Also`."""
+class Destination:
+    """One package that will be written: by which exporter, where, and what."""
 
     info: ExporterInfo
     output: Path
@@ -43,6 +43,7 @@ class Job:
     carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
     work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
     free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result. also: further packages.
+    requantize: quantize a checkpoint again that another tool has quantized.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Job:
     max_gpu_mem: str | None = None
     max_host_mem: str | None = None
     also: tuple[Also, ...] = ()
+    requantize: bool = False
 
     @property
     def work_folder(self) -> Path:
@@ -111,7 +113,12 @@ class Planned:
     candidates: Candidates | None = None
     allocation: Allocation | None = None
     content: str = ""
-    also: tuple[Adopted, ...] = ()
+    also: tuple[Destination, ...] = ()
+
+    @property
+    def main(self) -> Destination:
+        """The package that the job names first."""
+        return Destination(self.job.exporter, self.job.output, self.exporter, self.target)
 
     @property
     def n_weights(self) -> int:

@@ -38,6 +38,9 @@ class Output:
     also: tuple[str, ...] = ()
     """FORMAT=PATH: write the same codes in another format too, where its storage holds every value exactly, such as
     onnx=model-onnx after --type q4_0. May be given again."""
+    requantize: Flag = False
+    """Quantize a checkpoint again that is quantized already (GPTQ, AWQ, compressed-tensors, AutoRound). By default its
+    values are kept, every one, and what the format cannot hold is refused."""
     dry_run: Flag = False
     """Stop after the plan, and print it. Nothing is quantized; of a choice of types what was measured is kept."""
     all: Flag = False

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,6 @@ from d2qconv import __version__
 from d2qconv.allocate.allocation import Measurement, activation_bytes, refusals
 from d2qconv.allocate.allocation import allocate as choose_types
 from d2qconv.arch.bind import bind
-from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import PeakMeter, Peaks, choose_budget, limit_allocator
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
@@ -26,35 +24,25 @@ from d2qconv.calibrate.tokens import (
     check_spec,
 )
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import InputError, Refusal, RunError, VerifyError, refuse
+from d2qconv.errors import InputError, Refusal, RunError, refuse
 from d2qconv.export.base import (
-    Adopting,
     Allocating,
-    Candidates,
     Carrier,
-    Check,
-    Exporter,
-    ExporterInfo,
     FloatType,
-    Package,
     Padder,
     PaddingChoice,
-    Progress,
-    TargetPlan,
 )
-from d2qconv.export.file_set import atomic_set, check_set
-from d2qconv.export.folder import atomic_folder, check_folder
-from d2qconv.export.package import atomic_output, check_output
 from d2qconv.fold.padding import padded
 from d2qconv.fold.rotation import Rotation, rotated
+from d2qconv.foreign.read import read_foreign
 from d2qconv.gather import Source, calibration_tokens, read_weights
-from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.ir.recoded import recoded
 from d2qconv.ir.store import Store
-from d2qconv.job import Adopted, Also, Job, Planned, check_places
+from d2qconv.job import Job, Planned, check_places
 from d2qconv.outcome import AlsoWritten, Outcome, outcome_of, provenance
+from d2qconv.packaging import check_place, grids_of, plan_also, write_package
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import CalibrationSpec, RunSpec, check_recipe
 from d2qconv.team import Team
@@ -82,7 +70,7 @@ def plan(job: Job) -> Planned:
             todo="add --dac",
         )
     device = choose_device(job.device)
-    checkpoint = open_checkpoint(job.model, revision=job.revision)
+    checkpoint = _floats(open_checkpoint(job.model, revision=job.revision), job)
     bound = bind(checkpoint)
     kind = job.recipe.rotation
     desc = bound if kind == "none" else rotated(bound, Rotation(kind))
@@ -115,30 +103,31 @@ def plan(job: Job) -> Planned:
     if isinstance(exporter, Allocating):
         candidates = exporter.candidates(desc, checkpoint, _carrier(job))
     refuse([] if candidates is None else refusals(candidates, job.recipe))
-    also = tuple(_adopted(wanted, desc, checkpoint, target, candidates) for wanted in job.also)
+    if job.also and candidates is not None:
+        why = "the types follow from a measurement, so what is to be held is not known yet"
+        refuse([Refusal("option also", why, "name the types, or leave it out")])
+    storages = {planned.id: planned.storage for planned in target.tensors}
+    also = tuple(plan_also(wanted, desc, checkpoint, target.carrier, storages) for wanted in job.also)
     return Planned(
         job, checkpoint, bound, desc, target, exporter, device, footprint, last_pass, candidates, also=also
     )
 
 
-def _adopted(
-    wanted: Also, desc: ModelDesc, checkpoint: Checkpoint, target: TargetPlan, candidates: Candidates | None
-) -> Adopted:
-    """Plan a further package; raises PlanError with every reason why its format cannot hold what is quantized."""
-    info, place = wanted.exporter, f"--also {wanted.exporter.name}"
-    exporter = info.load(info.options())
-    if not isinstance(exporter, Adopting):
-        refuse([Refusal(place, "this format cannot write what was quantized for another one")])
-    if candidates is not None:
+def _floats(checkpoint: Checkpoint, job: Job) -> Checkpoint:
+    """The checkpoint, decoded where another tool has quantized it."""
+    foreign = read_foreign(checkpoint)
+    if foreign is None:
+        if job.requantize:
+            raise InputError(
+                "the checkpoint is not quantized", where="--requantize", todo="leave the option out"
+            )
+        return checkpoint
+    if not job.requantize:
+        why = f"the weights are quantized already ({foreign.dialect})"
         refuse(
-            [Refusal(place, "the types follow from a measurement, so what is to be held is not known yet")]
+            [Refusal(job.model, why, "give the float checkpoint, or quantize them again with --requantize")]
         )
-    assert isinstance(exporter, Adopting), "refused above"
-    storages = {planned.id: planned.storage for planned in target.tensors}
-    plan = exporter.plan_adopted(desc, target.carrier, storages)
-    found = [*plan.refusals, *exporter.check_source(checkpoint).refusals]
-    refuse([replace(refusal, where=f"{place}, {refusal.where}") for refusal in found])
-    return Adopted(info, wanted.output, exporter, plan)
+    return foreign.checkpoint
 
 
 def _carrier(job: Job) -> Carrier | None:
@@ -230,7 +219,8 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             about = provenance(planned, tokens, spec, result)
             model = QuantizedModel(planned.desc, held.tensors(), about, result.importance)
             others = _others(planned, model, watch)
-            package, checks = _package(planned, model, watch)
+            overwrite = planned.job.overwrite
+            package, checks = write_package(planned.main, model, planned.checkpoint, overwrite, watch)
             held.delete()
             peaks = _largest([peaks, meter.peaks()])
     outcome = outcome_of(planned, package, checks, result, spec, time.monotonic() - started, peaks)
@@ -240,9 +230,9 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
     job = planned.job
-    _check_of(job.exporter, planned.target)(job.output, job.overwrite, planned.most_bytes)
+    check_place(planned.main, job.overwrite, planned.most_bytes)
     for also in planned.also:
-        _check_of(also.info, also.target)(also.output, job.overwrite, also.target.n_bytes)
+        check_place(also, job.overwrite, also.target.n_bytes)
     _check_work_dir(planned)
     return planned.content or read_weights(_source(planned), watch)
 
@@ -262,56 +252,12 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
     )
 
 
-def _check_of(info: ExporterInfo, target: TargetPlan) -> Callable[[Path, bool, int], None]:
-    """How the place of such a package is looked at before any work."""
-    if info.is_folder:
-        return check_folder
-    return check_set if target.is_split else check_output
-
-
-def _place_of(info: ExporterInfo, target: TargetPlan) -> Callable[..., AbstractContextManager[Path]]:
-    """How such a package is put in its place."""
-    if info.is_folder:
-        return atomic_folder
-    return atomic_set if target.is_split else atomic_output
-
-
-def _package(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Package, Sequence[Check]]:
-    """Write the package beside its name and verify it there; only then it takes its name."""
-    job, target = planned.job, planned.target
-    with _place_of(job.exporter, target)(job.output, overwrite=job.overwrite) as path:
-        package, checks = _written(planned.exporter, planned.checkpoint, target, model, path, watch)
-    name = package.path.name if target.is_split else job.output.name
-    return replace(package, path=job.output.with_name(name)), checks
-
-
-def _written(
-    exporter: Exporter,
-    checkpoint: Checkpoint,
-    target: TargetPlan,
-    model: QuantizedModel,
-    path: Path,
-    watch: Watch,
-) -> tuple[Package, Sequence[Check]]:
-    n_tensors = len(target.tensors)
-    watch.stage("write", 2 * n_tensors)
-    package = exporter.write(model, checkpoint, target, path, _steps(watch))
-    watch.stage("verify", n_tensors)
-    checks = exporter.verify(package.path, _steps(watch))
-    _require_passed(checks)
-    return package, checks
-
-
 def _others(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[AlsoWritten, ...]:
     """Write the further packages of the same codes, each verified by its own format's reader and runtime."""
     found = []
     for also in planned.also:
-        grids = {t.id: t.storage for t in also.target.tensors if isinstance(t.storage, AffineGrid)}
-        place = _place_of(also.info, also.target)
-        with place(also.output, overwrite=planned.job.overwrite) as path:
-            package, checks = _written(
-                also.exporter, planned.checkpoint, also.target, recoded(model, grids), path, watch
-            )
+        same = recoded(model, grids_of(also.target))
+        package, checks = write_package(also, same, planned.checkpoint, planned.job.overwrite, watch)
         found.append(AlsoWritten(also.info.name, also.output, package.n_bytes, checks))
     return tuple(found)
 
@@ -419,15 +365,6 @@ def _grids(planned: Planned) -> dict[str, Grid]:
     return {s.id: s for s in storages if not isinstance(s, FloatType)}
 
 
-def _require_passed(checks: Sequence[Check]) -> None:
-    failed = [f"{c.name}: {c.detail}" for c in checks if not c.is_passed]
-    if failed:
-        raise VerifyError(
-            "the package is not what the quantizer made: " + "; ".join(failed),
-            todo="no output was kept; this is a bug, please report it with the command",
-        )
-
-
 @contextmanager
 def _memory_as_run_error(planned: Planned) -> Iterator[None]:
     """Running out of memory is the user's to mend, not a bug."""
@@ -444,8 +381,3 @@ def _memory_as_run_error(planned: Planned) -> Iterator[None]:
             todo=f"give a smaller budget than what was predicted ({option}), so that activations are kept "
             "elsewhere, or use shorter sequences (--length)",
         ) from error
-
-
-def _steps(watch: Watch) -> Progress:
-    """An exporter's progress as steps of the current stage."""
-    return lambda done, _total, what: watch.step(done, what)

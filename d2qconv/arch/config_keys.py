@@ -40,7 +40,7 @@ DECODER_KEYS = (
 _REFUSED = (
     *must_be(
         (None,),
-        "the weights are quantized already; importing a quantized checkpoint is not supported yet",
+        "the weights are quantized already, and are read as such or not at all",
         "quantization_config",
         "compression_config",
     ),

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dense:
-    """A tensor in float, read when asked for.
+    """A tensor, read when asked for.
 
-    shape: the checkpoint's shape. dtype: bf16, f16 or f32, the checkpoint's; `load` returns just that.
+    shape: the checkpoint's shape. dtype: the checkpoint's, bf16, f16 or f32 if these are weights; `load` returns just
+    that.
     """
 
     shape: tuple[int, ...]

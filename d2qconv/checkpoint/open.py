@@ -11,8 +11,11 @@ from typing import Any
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.folder import find, find_all, is_snapshot, read_json, read_shards
 from d2qconv.checkpoint.hub import download
+from d2qconv.checkpoint.safetensors_file import INTEGER_BYTES, unreadable
 from d2qconv.errors import InputError
 
+#: Keys of config.json under which tools say how they quantized the weights.
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: A README is read this far for its front matter, and a license is a name, not a text.
 _README_BYTES = 1 << 20
@@ -94,9 +97,28 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         source=model,
         revision=root.name if is_snapshot(root) else "",
         config=config,
-        tensors={name: dense for shard in read_shards(folder) for name, dense in shard.tensors().items()},
+        tensors=_tensors(folder, config, model),
         license=_license(folder, config),
     )
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the weights are no floats any more."""
+    return any(config.get(key) is not None for key in QUANTIZED_KEYS)
+
+
+def _tensors(folder: Path, config: Mapping[str, Any], model: str) -> dict[str, Dense]:
+    """Every tensor by name; integers only where config.json says what they mean."""
+    shards = read_shards(folder)
+    integers = [
+        (name, entry.dtype)
+        for shard in shards
+        for name, entry in shard.entries.items()
+        if entry.dtype in INTEGER_BYTES
+    ]
+    if integers and not is_quantized(config):
+        raise unreadable(integers, model)
+    return {name: dense for shard in shards for name, dense in shard.tensors().items()}
 
 
 def _license(folder: Path, config: Mapping[str, Any]) -> str:

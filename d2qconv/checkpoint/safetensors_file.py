@@ -36,6 +36,9 @@ MAX_ELEMENTS = 2**63 - 1
 
 #: Bytes per element of the types that weights may have.
 FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+#: The same of what quantized checkpoints hold besides.
+INTEGER_BYTES = {"I8": 1, "U8": 1, "I32": 4, "U32": 4, "I64": 8}
+_BYTES = FLOAT_BYTES | INTEGER_BYTES
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -53,7 +56,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies. dtype: `BF16`, `F16` or `F32`. begin, end: bytes from the file's start."""
+    """Where a tensor lies. dtype: one of `FLOAT_BYTES` or `INTEGER_BYTES`. begin, end: bytes from the file's start."""
 
     name: str
     dtype: str
@@ -79,7 +82,11 @@ class SafetensorsFile:
         """Every tensor by name, not read yet. Loading raises InputError on NaN, Inf or a changed file."""
         import torch
 
-        dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        # Words are bits, so that their sign is nobody's business: torch computes with signed ones.
+        dtypes = {
+            "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
+            "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "U32": torch.int32, "I64": torch.int64,
+        }  # fmt: skip
         return {
             e.name: Dense(e.shape, dtypes[e.dtype], _Read(self, e, dtypes[e.dtype]))
             for e in self.entries.values()
@@ -106,7 +113,7 @@ class _Read:
         raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         self._fill(raw.numpy().data)
         tensor: Tensor = raw.view(self.dtype).reshape(entry.shape)
-        if tensor.numel():
+        if tensor.numel() and tensor.is_floating_point():
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise InputError(
@@ -143,7 +150,7 @@ def read_file(path: Path) -> SafetensorsFile:
     """Read and check the header of one safetensors file.
 
     Raises InputError: not a regular file, truncated, header too long or not what the format says, a dtype
-    other than BF16, F16 and F32, offsets that overlap, leave a hole or a rest, or do not fit the shape.
+    that no checkpoint has that is read here, offsets that overlap, leave a hole or a rest, or do not fit the shape.
     """
     where = str(path)
     try:
@@ -211,25 +218,29 @@ def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 
 def _check_dtypes(entries: Mapping[str, _Entry], where: str) -> None:
-    """Refuse types that are not float weights, all of them in one error."""
-    wrong = [(name, e.dtype) for name, e in entries.items() if e.dtype not in FLOAT_BYTES]
-    if not wrong:
-        return
-    name, dtype = wrong[0]
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    """Refuse types that no checkpoint has that is read here, all of them in one error."""
+    wrong = [(name, e.dtype) for name, e in entries.items() if e.dtype not in _BYTES]
+    if wrong:
+        raise unreadable(wrong, where)
+
+
+def unreadable(tensors: Sequence[tuple[str, str]], where: str) -> InputError:
+    """That these tensors (name, dtype) are no weights."""
+    name, dtype = tensors[0]
+    more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
     if dtype == "F64":
         why, todo = "weights must be BF16, F16 or F32", "convert the checkpoint to F32"
     else:
         why = "weights must be BF16, F16 or F32; this checkpoint seems to be quantized already"
         todo = "use the original float checkpoint"
-    raise InputError(f"tensor {name!r} has dtype {dtype!r}{more}: {why}", where=where, todo=todo)
+    return InputError(f"tensor {name!r} has dtype {dtype!r}{more}: {why}", where=where, todo=todo)
 
 
 def _entry(name: str, raw: _Entry, start: int, where: str) -> TensorEntry:
     """An entry with offsets from the file's start; its byte count must be that of its shape."""
     if len(raw.shape) > MAX_RANK:
         raise InputError(f"tensor {name!r} has {len(raw.shape)} dimensions", where=where)
-    count = FLOAT_BYTES[raw.dtype]
+    count = _BYTES[raw.dtype]
     for length in raw.shape:
         # Python integers do not overflow, and this bound keeps them short.
         count *= length

@@ -19,6 +19,7 @@ from d2qconv.export.package import check_output
 from d2qconv.options import Output, Settings
 
 if TYPE_CHECKING:
+    from d2qconv.importing import PlannedImport
     from d2qconv.job import Also, Job
 
 
@@ -109,6 +110,7 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
         max_gpu_mem=machine.max_gpu_mem,
         max_host_mem=machine.max_host_mem,
         also=tuple(_also(text, output) for text in output.also),
+        requantize=output.requantize,
     )
 
 
@@ -134,8 +136,12 @@ def show_plan(job: Job, console: Console, *, is_all: bool) -> None:
     Where types are to be chosen, the plan says which; for that every weight is read, and what was measured stays in the
     work directory.
     """
-    from d2qconv import pipeline
+    from d2qconv import importing, pipeline
 
+    foreign = None if job.requantize else importing.foreign_of(job)
+    if foreign is not None:
+        console.show_import_plan(importing.plan_import(job, foreign), is_all=is_all)
+        return
     planned = pipeline.plan(job)
     if planned.candidates is not None:
         with console.watch() as watch:
@@ -144,14 +150,21 @@ def show_plan(job: Job, console: Console, *, is_all: bool) -> None:
 
 
 def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
-    """Convert, and print what came of it; with a prompt, let the package continue it."""
-    from d2qconv import pipeline
+    """Convert, and print what came of it; with a prompt, let the package continue it.
+
+    A checkpoint that is quantized already is imported, unless it is to be quantized again.
+    """
+    from d2qconv import importing, pipeline
     from d2qconv.team import started
 
     rank, n_processes, _ = started()
     if rank:
         # Under torchrun the first process speaks for all.
         console.ask(is_json=False, is_quiet=True)
+    foreign = None if job.requantize else importing.foreign_of(job)
+    if foreign is not None:
+        _import(importing.plan_import(job, foreign), console, is_leader=rank == 0)
+        return
     planned = pipeline.plan(job)
     if planned.candidates is not None and n_processes == 1:
         # A team measures once it has met.
@@ -163,6 +176,18 @@ def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
         sample = _sample(job, prompt) if prompt and outcome is not None else ""
     if outcome is not None:
         console.show_outcome(outcome, sample)
+
+
+def _import(planned: PlannedImport, console: Console, *, is_leader: bool) -> None:
+    """Write packages of a quantized checkpoint; one process's work, whatever their number."""
+    from d2qconv import importing
+
+    if not is_leader:
+        return
+    console.announce_import(planned)
+    with console.watch() as watch:
+        done = importing.convert_import(planned, watch)
+    console.show_imported(done)
 
 
 def _sample(job: Job, prompt: str) -> str:

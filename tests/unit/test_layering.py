@@ -23,6 +23,7 @@ LIGHT = (
     "console.py",
     "errors.py",
     "facts.py",
+    "import_view.py",
     "names.py",
     "options.py",
     "progress.py",

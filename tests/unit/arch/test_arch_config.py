@@ -213,7 +213,7 @@ def test_inactive_sliding_windows(model_type: str, changes: Mapping[str, object]
         ("mistral", {"layer_types": ["full_attention"] * 2}, "unknown key 'layer_types'"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only SiLU"),
         ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "code that comes with the checkpoint"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "not supported yet"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ("llama", {"pruned_heads": {"0": [1]}}, "heads were removed"),
         ("llama", {"is_encoder_decoder": True}, "only a decoder by itself"),
         ("llama", {"is_encoder_decoder": 0}, "only a decoder by itself"),

@@ -1,0 +1,67 @@
+"""The arrays of one quantized linear, and what every dialect checks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from d2qconv.checkpoint.dense import Dense
+from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.errors import InputError, Refusal, refuse
+from d2qconv.foreign.linear import BITS
+
+#: Parts that hold floats; all others hold integers.
+_FLOATS = ("scales", "weight_scale")
+
+
+class Arrays:
+    """The arrays of one linear."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str) -> None:
+        self._tensors, self._path, self.module = checkpoint.tensors, checkpoint.path, module
+
+    def matrix(self, part: str) -> Dense:
+        """One that must be there, two-dimensional and not empty."""
+        found = self.optional(part)
+        if found is None:
+            raise self.error(f"{part} is missing")
+        if len(found.shape) != 2 or min(found.shape) < 1:
+            raise self.error(f"{part} has shape {list(found.shape)}")
+        if found.dtype.is_floating_point != (part in _FLOATS):
+            raise self.error(f"{part} is of {found.dtype}")
+        return found
+
+    def optional(self, part: str) -> Dense | None:
+        """One that may be there."""
+        return self._tensors.get(f"{self.module}.{part}")
+
+    def names(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Full names of those that are there."""
+        return tuple(f"{self.module}.{part}" for part in parts if self.optional(part) is not None)
+
+    def whole(self, n: int, by: int, *parts: str) -> int:
+        """The quotient n / by, which must be a whole number above 0."""
+        if by < 1 or n < by or n % by:
+            raise self.error(f"the shapes of {' and '.join(parts)} do not fit together")
+        return n // by
+
+    def expect(self, part: str, found: int, wanted: int) -> None:
+        """A length must be that of the others."""
+        if found != wanted:
+            raise self.error(f"{part} has {found} where {wanted} belong by the shape of scales")
+
+    def error(self, what: str) -> InputError:
+        """That this linear is not sound."""
+        return InputError(f"{self.module}: {what}", where=str(self._path))
+
+
+def check_bits(arrays: Arrays, bits: int) -> None:
+    """Raise InputError unless codes of so many bits are read here."""
+    if bits not in BITS:
+        raise arrays.error(f"has {bits} bits by its shapes; {', '.join(map(str, BITS))} are read")
+
+
+def one_of(key: str, value: object, known: Collection[str]) -> None:
+    """Raise PlanError unless a value of config.json is one of those that are read."""
+    if not isinstance(value, str) or value not in known:
+        names = ", ".join(known)
+        refuse([Refusal("config.json", f"{key} is {value!r:.80}; only {names} is read")])

@@ -1,0 +1,77 @@
+"""An import as people read it, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from d2qconv.facts import also_facts, check_facts, tensor_facts
+
+if TYPE_CHECKING:
+    from d2qconv.importing import Imported, PlannedImport
+
+
+def plan_pairs(planned: PlannedImport) -> Iterator[tuple[str, str]]:
+    """The lines below the table of a plan."""
+    target = planned.target
+    n_all = sum(len(t.shape) == 2 for t in target.tensors)
+    yield "source", f"{planned.job.model}, quantized already: {planned.foreign.dialect}"
+    yield "architecture", planned.desc.arch.id
+    yield "weights", f"{planned.desc.n_weights:,}"
+    yield (
+        "exact",
+        f"{len(planned.linears)} of {n_all} matrices keep the values of their codes; nothing is calibrated",
+    )
+    for to, tensor in planned.rounded:
+        yield "rounded", f"{tensor} to {to.target.by_id[tensor].type_name}, for {to.info.name}"
+    yield "loads in", ", ".join(target.loads_in)
+    for warning in target.warnings:
+        yield "warning", warning
+
+
+def plan_facts(planned: PlannedImport) -> dict[str, Any]:
+    """A plan as JSON."""
+    target = planned.target
+    return {
+        "source": planned.job.model,
+        "imported": planned.foreign.dialect,
+        "architecture": planned.desc.arch.id,
+        "layout": target.layout,
+        "n_weights": planned.desc.n_weights,
+        "n_bytes": target.n_bytes,
+        "bits_per_weight": planned.bits_per_weight,
+        "n_exact": len(planned.linears),
+        "rounded": [{"format": to.info.name, "tensor": str(t)} for to, t in planned.rounded],
+        "loads_in": target.loads_in,
+        "warnings": target.warnings,
+        "tensors": tensor_facts(target),
+    }
+
+
+def outcome_pairs(done: Imported) -> Iterator[tuple[str, str]]:
+    """The lines of the closing summary."""
+    yield "imported", f"{done.dialect}: {done.n_exact} matrices with the source's values, every one"
+    for rounded in done.rounded:
+        where = f"{rounded.tensor} to {rounded.type_name} for {rounded.format}"
+        yield "rounded", f"{where}: relative squared error {rounded.error:.1e}"
+    yield "loads in", ", ".join(done.loads_in)
+
+
+def outcome_facts(done: Imported) -> dict[str, Any]:
+    """What an import gave, as JSON."""
+    return {
+        "path": str(done.path),
+        "n_bytes": done.n_bytes,
+        "bits_per_weight": done.bits_per_weight,
+        "imported": done.dialect,
+        "n_exact": done.n_exact,
+        "rounded": [
+            {"format": r.format, "tensor": r.tensor, "type": r.type_name, "error": r.error}
+            for r in done.rounded
+        ],
+        "checks": [check_facts(c) for c in done.checks],
+        "also": [also_facts(also) for also in done.also],
+        "loads_in": done.loads_in,
+        "fingerprint": done.fingerprint,
+        "seconds": done.seconds,
+    }

@@ -1,0 +1,258 @@
+"""A checkpoint that is quantized already, as another package: plan → write → verify. Nothing is quantized.
+
+Every matrix keeps its codes and parameters, or becomes others of the same values where the format says them in another
+way (`d2qconv.grids.exact`). What no storage holds exactly is refused, with what quantizing it again would cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from d2qconv import __version__
+from d2qconv.arch.bind import bind, expected_tensors
+from d2qconv.arch.config import read_config
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.dense import Dense
+from d2qconv.checkpoint.digest import content_digest
+from d2qconv.checkpoint.open import open_checkpoint
+from d2qconv.errors import PluginError, Refusal, refuse
+from d2qconv.export.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
+from d2qconv.foreign.linear import ForeignLinear
+from d2qconv.foreign.read import Foreign, read_foreign
+from d2qconv.grids.base import Grid
+from d2qconv.ir.coded import Coded
+from d2qconv.ir.model import Provenance, QuantizedModel, Stored
+from d2qconv.ir.recoded import recoded
+from d2qconv.job import Destination, Job, check_places
+from d2qconv.names import TensorId
+from d2qconv.outcome import AlsoWritten
+from d2qconv.packaging import check_place, grids_of, plan_also, write_package
+from d2qconv.progress import Watch
+from d2qconv.quant.sweep import round_to_nearest
+
+
+@dataclass(frozen=True)
+class PlannedImport:
+    """What will be written; nothing is refused.
+
+    linears: the matrices that are quantized already. main, also: which packages, and where to.
+    """
+
+    job: Job
+    foreign: Foreign
+    desc: ModelDesc
+    linears: Mapping[TensorId, ForeignLinear]
+    main: Destination
+    also: tuple[Destination, ...]
+
+    @property
+    def target(self) -> TargetPlan:
+        """Of the package that the job names first."""
+        return self.main.target
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors of the package, metadata not counted, per weight of the source."""
+        return 8 * self.target.n_bytes / self.desc.n_weights
+
+    @cached_property
+    def rounded(self) -> tuple[tuple[Destination, TensorId], ...]:
+        """Matrices of floats that a package stores in codes: an option says so, or its format knows no floats there."""
+        return tuple(
+            (to, tensor)
+            for to in (self.main, *self.also)
+            for tensor in grids_of(to.target)
+            if tensor not in self.linears
+        )
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix of floats that was rounded to nearest. format: of the package. error: ‖W − Ŵ‖² / ‖W‖²."""
+
+    format: str
+    tensor: str
+    type_name: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was done. n_exact: matrices that have the source's values, every one. rounded: those that were floats."""
+
+    path: Path
+    n_bytes: int
+    bits_per_weight: float
+    dialect: str
+    n_exact: int
+    rounded: Sequence[Rounded]
+    checks: Sequence[Check]
+    loads_in: Sequence[str]
+    fingerprint: str
+    seconds: float
+    also: tuple[AlsoWritten, ...] = ()
+
+
+def foreign_of(job: Job) -> Foreign | None:
+    """What the job's checkpoint holds quantized; None if it is one of floats.
+
+    Raises InputError, PlanError, PluginError.
+    """
+    return read_foreign(open_checkpoint(job.model, revision=job.revision))
+
+
+def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
+    """Choose every tensor's storage, and refuse what no storage holds. Reads scales and zero points, no codes.
+
+    Raises InputError, PlanError, PluginError.
+    """
+    check_places(job)
+    desc = bind(foreign.checkpoint)
+    facts = read_config(desc.arch, foreign.checkpoint.config)
+    names = {tensor: name for tensor, (name, _) in expected_tensors(desc.arch, facts)}
+    linears = {t: foreign.linears[names[t]] for t in desc.tensors if names[t] in foreign.linears}
+    exporter = job.exporter.load(job.options)
+    if not isinstance(exporter, Adopting):
+        raise PluginError(
+            f"to-{job.exporter.name} cannot write what others quantized",
+            where=job.model,
+            todo="quantize it again with --requantize",
+        )
+    storages = {t: linear.grid for t, linear in linears.items() if linear.grid is not None}
+    if len(storages) < len(linears):
+        refuse(_refusals(None, job, desc, linears))
+    target = exporter.plan_adopted(desc, Carrier.NONE, storages)
+    source = exporter.check_source(foreign.checkpoint)
+    refuse([*_refusals(target, job, desc, linears), *source.refusals])
+    main = Destination(
+        job.exporter, job.output, exporter, replace(target, warnings=(*target.warnings, *source.warnings))
+    )
+    also = tuple(plan_also(a, desc, foreign.checkpoint, Carrier.NONE, storages) for a in job.also)
+    return PlannedImport(job, foreign, desc, linears, main, also)
+
+
+def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
+    """Do what was planned; every package appears whole and verified, or not at all. Raises any D2qError."""
+    started = time.monotonic()
+    job, checkpoint = planned.job, planned.foreign.checkpoint
+    places = (planned.main, *planned.also)
+    for to in places:
+        check_place(to, job.overwrite, to.target.n_bytes)
+    watch.stage("read", len(planned.desc.tensors))
+    content = content_digest(checkpoint.config, planned.desc.tensors, watch.step)
+    about = _provenance(planned, content)
+    done: list[tuple[Package, Sequence[Check]]] = []
+    # The others first: the package that the job names takes its name when all else is there.
+    for to in reversed(places):
+        model = QuantizedModel(planned.desc, _Tensors(planned, to), about)
+        done.append(write_package(to, recoded(model, grids_of(to.target)), checkpoint, job.overwrite, watch))
+    package, checks = done.pop()
+    others = zip(planned.also, reversed(done), strict=True)
+    return Imported(
+        path=package.path,
+        n_bytes=package.n_bytes,
+        bits_per_weight=planned.bits_per_weight,
+        dialect=planned.foreign.dialect,
+        n_exact=len(planned.linears),
+        rounded=[_error(planned, to, tensor) for to, tensor in planned.rounded],
+        checks=checks,
+        loads_in=planned.target.loads_in,
+        fingerprint=content,
+        seconds=time.monotonic() - started,
+        also=tuple(
+            AlsoWritten(to.info.name, to.output, package.n_bytes, checks) for to, (package, checks) in others
+        ),
+    )
+
+
+class _Tensors(Mapping[TensorId, Stored]):
+    """Every tensor as it is: codes of what is quantized; floats, rounded to nearest where the plan has a grid."""
+
+    def __init__(self, planned: PlannedImport, to: Destination) -> None:
+        self._linears, self._tensors = planned.linears, planned.desc.tensors
+        self._grids = grids_of(to.target)
+
+    def __getitem__(self, tensor: TensorId) -> Stored:
+        if tensor in self._linears:
+            return self._linears[tensor].coded()
+        dense = self._tensors[tensor]
+        return _nearest(dense, tensor, self._grids) if tensor in self._grids else dense
+
+    def __iter__(self) -> Iterator[TensorId]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _nearest(dense: Dense, tensor: TensorId, grids: Mapping[TensorId, Grid]) -> Coded:
+    w = dense.load().to(torch.float32)
+    return round_to_nearest(w, torch.ones(w.shape[1]), grids[tensor])
+
+
+def _error(planned: PlannedImport, to: Destination, tensor: TensorId) -> Rounded:
+    storage = grids_of(to.target)[tensor]
+    cost = _cost(planned.desc.tensors[tensor], tensor, {tensor: storage})
+    return Rounded(to.info.name, str(tensor), storage.id, cost)
+
+
+def _cost(dense: Dense, tensor: TensorId, grids: Mapping[TensorId, Grid]) -> float:
+    """‖W − Ŵ‖² / ‖W‖² of rounding to nearest."""
+    w = dense.load().to(torch.float32)
+    difference = _nearest(Dense.of(w), tensor, grids).decode() - w
+    return float(difference.double().square().sum() / w.double().square().sum().clamp_min(1e-30))
+
+
+def _refusals(
+    target: TargetPlan | None, job: Job, desc: ModelDesc, linears: Mapping[TensorId, ForeignLinear]
+) -> Iterator[Refusal]:
+    """What cannot be written, matrices that cannot for the same reason together, with what it would cost otherwise."""
+    alike: dict[str, list[TensorId]] = {}
+    for tensor, linear in linears.items():
+        if linear.grid is None:
+            why = "columns of one group do not stand together (act-order), which no format here stores"
+            alike.setdefault(why, []).append(tensor)
+    for refusal in () if target is None else target.refusals:
+        about = [tensor for tensor in linears if _is_about(refusal, tensor)]
+        if about:
+            alike.setdefault(refusal.why, []).extend(about)
+        else:
+            yield refusal
+    for why, tensors in alike.items():
+        first = tensors[0]
+        where = str(first) if len(tensors) == 1 else f"{first} and {len(tensors) - 1} more"
+        yield Refusal(where, why, f"quantize it again with --requantize{_cost_again(job, desc, first)}")
+
+
+def _is_about(refusal: Refusal, tensor: TensorId) -> bool:
+    """Whether a refusal names this matrix, or its role in several blocks (`once_a_role`)."""
+    return refusal.where == str(tensor) or refusal.where.startswith(f"{tensor.role} of ")
+
+
+def _cost_again(job: Job, desc: ModelDesc, tensor: TensorId) -> str:
+    """What rounding a matrix to what this exporter stores otherwise costs, in words; empty if that is refused too."""
+    plan = job.exporter.load(job.options).plan(desc, Carrier.NONE)
+    storage = None if plan.refusals else plan.storage(tensor)
+    if storage is None or isinstance(storage, FloatType):
+        return ""
+    cost = _cost(desc.tensors[tensor], tensor, {tensor: storage})
+    return f": rounding {tensor} to {storage.id} changes its weights by {cost:.2%} of their energy"
+
+
+def _provenance(planned: PlannedImport, content: str) -> Provenance:
+    checkpoint = planned.foreign.checkpoint
+    return Provenance(
+        version=__version__,
+        fingerprint=content,
+        source=checkpoint.name,
+        source_license=checkpoint.license,
+        recipe=f"imported from {planned.foreign.dialect}: the values of its codes, not quantized again",
+        calibration="none",
+        carriers={"mean_shift": "none", "column_scale": "none"},
+    )

@@ -1,0 +1,91 @@
+"""From a quantized model to packages in their places: looked at before, written beside their names, verified there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.open import Checkpoint
+from d2qconv.errors import Refusal, VerifyError, refuse
+from d2qconv.export.base import Adopting, Carrier, Check, FloatType, Package, Progress, TargetPlan
+from d2qconv.export.file_set import atomic_set, check_set
+from d2qconv.export.folder import atomic_folder, check_folder
+from d2qconv.export.package import atomic_output, check_output
+from d2qconv.grids.base import Grid
+from d2qconv.ir.model import QuantizedModel
+from d2qconv.job import Also, Destination
+from d2qconv.names import TensorId
+from d2qconv.progress import Watch
+
+
+def plan_also(
+    wanted: Also,
+    desc: ModelDesc,
+    checkpoint: Checkpoint,
+    carrier: Carrier,
+    storages: Mapping[TensorId, Grid | FloatType],
+) -> Destination:
+    """Plan a further package; raises PlanError with every reason why its format cannot hold these storages."""
+    info, place = wanted.exporter, f"--also {wanted.exporter.name}"
+    exporter = info.load(info.options())
+    if not isinstance(exporter, Adopting):
+        refuse([Refusal(place, "this format cannot write what was quantized for another one")])
+    assert isinstance(exporter, Adopting), "refused above"
+    plan = exporter.plan_adopted(desc, carrier, storages)
+    found = [*plan.refusals, *exporter.check_source(checkpoint).refusals]
+    refuse([replace(refusal, where=f"{place}, {refusal.where}") for refusal in found])
+    return Destination(info, wanted.output, exporter, plan)
+
+
+def check_place(to: Destination, overwrite: bool, n_bytes: int) -> None:
+    """Look at a package's place before any work; raises InputError."""
+    if to.info.is_folder:
+        check_folder(to.output, overwrite, n_bytes)
+    elif to.target.is_split:
+        check_set(to.output, overwrite, n_bytes)
+    else:
+        check_output(to.output, overwrite, n_bytes)
+
+
+def write_package(
+    to: Destination, model: QuantizedModel, checkpoint: Checkpoint, overwrite: bool, watch: Watch
+) -> tuple[Package, Sequence[Check]]:
+    """Write a package beside its name and verify it there; only then it takes its name. Raises any D2qError."""
+    n_tensors = len(to.target.tensors)
+    with _place_of(to)(to.output, overwrite=overwrite) as path:
+        watch.stage("write", 2 * n_tensors)
+        package = to.exporter.write(model, checkpoint, to.target, path, _steps(watch))
+        watch.stage("verify", n_tensors)
+        checks = to.exporter.verify(package.path, _steps(watch))
+        _require_passed(checks)
+    name = package.path.name if to.target.is_split else to.output.name
+    return replace(package, path=to.output.with_name(name)), checks
+
+
+def grids_of(target: TargetPlan) -> dict[TensorId, Grid]:
+    """The grids of a plan, by tensor."""
+    return {t.id: t.storage for t in target.tensors if not isinstance(t.storage, FloatType)}
+
+
+def _place_of(to: Destination) -> Callable[..., AbstractContextManager[Path]]:
+    """How such a package is put in its place."""
+    if to.info.is_folder:
+        return atomic_folder
+    return atomic_set if to.target.is_split else atomic_output
+
+
+def _require_passed(checks: Sequence[Check]) -> None:
+    failed = [f"{c.name}: {c.detail}" for c in checks if not c.is_passed]
+    if failed:
+        raise VerifyError(
+            "the package is not what the quantizer made: " + "; ".join(failed),
+            todo="no output was kept; this is a bug, please report it with the command",
+        )
+
+
+def _steps(watch: Watch) -> Progress:
+    """An exporter's progress as steps of the current stage."""
+    return lambda done, _total, what: watch.step(done, what)

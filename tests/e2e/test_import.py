@@ -1,0 +1,137 @@
+"""Quantized checkpoints of other tools through the whole command: the same values in every format, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from foreign_models import Scheme, make_foreign
+from random_models import LLAMA_5M
+
+from d2qconv.cli import main
+from d2qconv_gguf.reader import read_model as read_gguf
+from d2qconv_hf.container import open_folder
+from d2qconv_hf.reader import read_model as read_folder
+from d2qconv_onnx.container import open_model
+from d2qconv_onnx.reader import desc_of
+from d2qconv_onnx.reader import read_model as read_onnx
+
+V2 = {"version": 2, "config": {"checkpoint_format": "gptq_v2"}}
+#: method, scheme, how it is written → the GGUF type that holds it, folders that do too
+CASES = {
+    "gptq-sym": ("gptq", Scheme(4, 32), {}, "q4_0", ("onnx", "gptq")),
+    "gptq-few-bits": ("gptq", Scheme(4, 64, False, step_bits=7), V2, "q4_1", ("mlx",)),
+    "awq": ("awq", Scheme(4, 32, False), {}, "q5_0", ()),
+    "auto-round-2": ("auto-round", Scheme(2, 64), {}, "q2_0", ()),
+    "ct-3": ("compressed-tensors", Scheme(3, 32, False), {}, "q4_0", ()),
+    "ct-8": ("compressed-tensors", Scheme(8, 32), {}, "q8_0", ()),
+}
+VOCAB = json.loads((LLAMA_5M / "config.json").read_text())["vocab_size"]
+
+
+def foreign(folder, method, scheme, **more):
+    made = make_foreign(folder, method, scheme, model={"vocab": VOCAB}, **more)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(LLAMA_5M / name, folder / name)
+    return made
+
+
+def run(capsys, *words):
+    code = main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def read(name, path):
+    """Every tensor of a package, by its own reader."""
+    if name == "gguf":
+        return read_gguf(path).tensors
+    desc = (
+        desc_of(read_onnx(open_model(path)))
+        if name == "onnx"
+        else read_folder(open_folder(path), "llama").desc
+    )
+    return desc.tensors
+
+
+def values_of(wanted):
+    """By block and role, as packages call them: `blk.0.q.weight`."""
+    return {
+        f"blk.{name.split('.')[2]}.{name.split('.')[-2].removesuffix('_proj')}.weight": torch.from_numpy(
+            values
+        )
+        for name, values in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_import_keeps_every_value(tmp_path, capsys, case):
+    method, scheme, more, kind, others = CASES[case]
+    folder, wanted = foreign(tmp_path / "m", method, scheme, **more)
+    also = [f"--also={name}={tmp_path / name}" for name in others]
+    code, report = run(capsys, "to-gguf", folder, "-o", tmp_path / "m.gguf", *also)
+    assert code == 0, report
+    assert report["n_exact"] == 7
+    assert {r["format"] for r in report["rounded"]} == {"onnx"} & set(others)
+    assert all(r["error"] < 1e-4 for r in report["rounded"])
+    checks = [*report["checks"], *(check for other in report["also"] for check in other["checks"])]
+    assert all(check["is_passed"] for check in checks)
+    _, plan = run(capsys, "to-gguf", folder, "-o", tmp_path / "n.gguf", "--dry-run")
+    assert {t["type"] for t in plan["tensors"]} == {kind, "f16", "f32"}
+    for name, path in (("gguf", tmp_path / "m.gguf"), *((name, tmp_path / name) for name in others)):
+        found = {str(t): dense for t, dense in read(name, path).items()}
+        for tensor, values in values_of(wanted).items():
+            assert torch.equal(found[tensor].load(), values), (name, tensor)
+
+
+def test_what_no_type_holds_is_refused_with_its_cost_and_requantized_on_request(tmp_path, capsys):
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32, order=True))
+    options = ("--sequences", 2, "--length", 16)
+    code, report = run(capsys, "to-onnx", folder, "-o", tmp_path / "o")
+    assert code == 3
+    message = report["error"]["message"]
+    assert "act-order" in message
+    assert "6 more" in message
+    assert "changes its weights by" in message
+    assert not (tmp_path / "o").exists()
+    code, report = run(
+        capsys, "to-onnx", folder, "-o", tmp_path / "o", "--requantize", "--type", "int8", *options
+    )
+    assert code == 0, report
+    assert 0 < report["kld"] < 1e-3
+
+
+def test_options_that_contradict_an_import_are_refused(tmp_path, capsys):
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    code, report = run(capsys, "to-gguf", folder, "-o", tmp_path / "m.gguf", "--type", "q4_k")
+    assert code == 3
+    assert "the codes are there already" in report["error"]["message"]
+    code, report = run(capsys, "to-gguf", LLAMA_5M, "-o", tmp_path / "m.gguf", "--requantize", "--dry-run")
+    assert code == 2
+    assert "is not quantized" in report["error"]["message"]
+
+
+def test_a_package_of_ours_becomes_another(tmp_path, capsys):
+    options = ("--type", "int4", "--zero", "integer", "--group-size", 32, "--sequences", 2, "--length", 16)
+    code, _ = run(capsys, "to-safetensors", LLAMA_5M, "-o", tmp_path / "s", *options)
+    assert code == 0
+    code, report = run(capsys, "to-mlx", tmp_path / "s", "-o", tmp_path / "x")
+    assert code == 0, report
+    before, after = read("safetensors", tmp_path / "s"), read("mlx", tmp_path / "x")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[t].load().numpy(), after[t].load().numpy()) for t in before)
+
+
+def test_people_are_told_what_is_exact(tmp_path, capsys):
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    assert main(["to-onnx", str(folder), "-o", str(tmp_path / "o")]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "quantized already: gptq, checkpoint_format gptq",
+        "7 of 8 matrices keep the values of their codes",
+        "embed.weight to affine8_g64_int_f32, for onnx",
+        "7 matrices exact, 1 rounded",
+    ):
+        assert text in out

@@ -1,0 +1,194 @@
+"""Reading what other tools quantized: every dialect decodes to the values that were packed, and nothing else passes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from foreign_models import Scheme, change, make_foreign
+
+from d2qconv.arch.bind import bind
+from d2qconv.checkpoint.open import open_checkpoint
+from d2qconv.errors import InputError, PlanError
+from d2qconv.foreign.read import read_foreign
+
+CASES = {
+    **{
+        f"gptq-v{version}-{bits}-{'sym' if sym else 'asym'}": (
+            "gptq",
+            Scheme(bits, 32, sym),
+            {"version": version, "config": {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"}},
+        )
+        for version in (1, 2)
+        for bits in (2, 3, 4, 8)
+        for sym in (True, False)
+        # Version 1 cannot say every zero point.
+        if sym or version == 2
+    },
+    "gptq-row": ("gptq", Scheme(4, -1), {}),
+    "gptq-no-index": ("gptq", Scheme(4, 64), {"index": False}),
+    "gptq-act-order": ("gptq", Scheme(4, 32, order=True), {}),
+    "gptq-zero-biases": ("gptq", Scheme(4, 32), {"zero_biases": True}),
+    "gptq-qwen2": ("gptq", Scheme(4, 32), {"arch": "qwen2"}),
+    "gptq-f32": ("gptq", Scheme(4, 32, dtype="float32", step_bits=24), {"float_dtype": np.float32}),
+    "awq": ("awq", Scheme(4, 32, symmetric=False), {}),
+    "auto-round-2": ("auto-round", Scheme(2, 32, symmetric=False), {}),
+    "auto-round-gptq": (
+        "auto-round", Scheme(4, 64), {"version": 1, "config": {"packing_format": "auto_round:auto_gptq"}},
+    ),
+    **{
+        f"ct-{bits}-{'sym' if sym else 'asym'}": ("compressed-tensors", Scheme(bits, 32, sym), {})
+        for bits in (2, 3, 4, 8)
+        for sym in (True, False)
+    },
+    "ct-row": ("compressed-tensors", Scheme(4, -1), {}),
+    "ct-3-old": ("compressed-tensors", Scheme(3, 32, symmetric=False), {"old": True}),
+    "ct-signed-zeros": ("compressed-tensors", Scheme(4, 32, symmetric=False), {"signed_zeros": True}),
+    "ct-order": ("compressed-tensors", Scheme(4, 32, order=True), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_dialect_decodes_to_what_was_packed(tmp_path, case):
+    method, scheme, more = CASES[case]
+    folder, values = make_foreign(tmp_path / "m", method, scheme, **more)
+    foreign = read_foreign(open_checkpoint(str(folder)))
+    assert set(foreign.linears) == set(values)
+    bind(foreign.checkpoint)
+    for name, wanted in values.items():
+        assert np.array_equal(foreign.checkpoint.tensors[name].load().numpy(), wanted), name
+        linear = foreign.linears[name]
+        if scheme.order and linear.n_groups > 1:
+            assert linear.grid is None
+            continue
+        coded = linear.coded()
+        assert np.array_equal(coded.decode().numpy(), wanted), name
+        assert coded.grid.zero == ("none" if scheme.symmetric else "integer")
+        assert coded.grid.scale == ("f16" if scheme.dtype == "float16" else "f32")
+
+
+def test_columns_in_runs_of_groups_in_another_order_are_on_a_grid(tmp_path):
+    """As GPTQModel's group-aware order leaves them: a group is a run, and runs are numbered as they come."""
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32, symmetric=True))
+
+    def reverse(index):
+        return index.max() - index
+
+    def turned(array):
+        return array[::-1].copy()
+
+    before = read_foreign(open_checkpoint(str(folder)))
+    wanted = {name: linear.decode() for name, linear in before.linears.items()}
+    change(folder, g_idx=reverse, scales=turned, qzeros=turned)
+    after = read_foreign(open_checkpoint(str(folder)))
+    for name, linear in after.linears.items():
+        assert torch.equal(linear.decode(), wanted[name])
+        assert torch.equal(linear.coded().decode(), wanted[name])
+
+
+def test_steps_of_few_bits_are_known_as_such(tmp_path):
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32, symmetric=False, step_bits=7), version=2,
+                             config={"checkpoint_format": "gptq_v2"})  # fmt: skip
+    foreign = read_foreign(open_checkpoint(str(folder)))
+    assert {linear.grid.significand for linear in foreign.linears.values()} == {7}
+    assert all(linear.grid.has_f16_offsets for linear in foreign.linears.values())
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+# ruff: noqa: E501 one case a line
+#: method, scheme, how it is written, what is changed in arrays, the error and words of it
+BAD = {
+    "v1-zeros-ambiguous": (
+        "gptq", Scheme(4, 32, symmetric=False), {}, {"qzeros": lambda z: np.full_like(z, -1)},
+        PlanError, "may mean 0 or 16",
+    ),
+    "v2-called-v1": ("gptq", Scheme(4, 32), {"version": 2}, {}, InputError, "of the other version"),
+    "v1-called-v2": (
+        "gptq", Scheme(4, 32), {"config": {"checkpoint_format": "gptq_v2"}}, {}, InputError, "of the other version",
+    ),
+    "no-index": (
+        "gptq", Scheme(4, 32, order=True), {}, {"g_idx": None}, InputError, "there is no g_idx",
+    ),
+    "index-out-of-range": ("gptq", Scheme(4, 32), {}, {"g_idx": lambda i: i + 7}, InputError, "puts columns into groups"),
+    "index-short": ("gptq", Scheme(4, 32), {}, {"g_idx": lambda i: i[:-1]}, InputError, "g_idx has shape"),
+    "bits": ("gptq", Scheme(4, 32), {"config": {"bits": 3}}, {}, InputError, "config.json says 3 bits"),
+    "group": ("gptq", Scheme(4, 32), {"config": {"group_size": 64}}, {}, InputError, "groups of 64 columns"),
+    "no-zeros": ("gptq", Scheme(4, 32), {}, {"qzeros": None}, InputError, "qzeros is missing"),
+    "cut-scales": ("gptq", Scheme(4, 32), {}, {"scales": lambda s: s[:, :-1].copy()}, InputError, "do not fit together"),
+    "nan-scales": ("gptq", Scheme(4, 32), {}, {"scales": lambda s: s * np.float16("nan")}, InputError, "NaN or Inf"),
+    "float-codes": ("gptq", Scheme(4, 32), {}, {"qweight": lambda q: q.astype(np.float32)}, InputError, "is of torch.float32"),
+    "marlin": ("gptq", Scheme(4, 32), {"config": {"checkpoint_format": "marlin"}}, {}, PlanError, "'marlin'"),
+    "list-format": ("gptq", Scheme(4, 32), {"config": {"checkpoint_format": ["gptq"]}}, {}, PlanError, "only gptq"),
+    "bitsandbytes": ("gptq", Scheme(4, 32), {"config": {"quant_method": "bitsandbytes"}}, {}, PlanError, "what is read is"),
+    "no-method": ("gptq", Scheme(4, 32), {"config": {"quant_method": None}}, {}, PlanError, "what is read is"),
+    "awq-gemv": ("awq", Scheme(4, 32), {"config": {"version": "gemv"}}, {}, PlanError, "'gemv'"),
+    "awq-is-gptq": ("gptq", Scheme(4, 32), {"config": {"quant_method": "awq"}}, {}, InputError, "qzeros has 8 where"),
+    "auto-round-mx": (
+        "auto-round", Scheme(4, 32), {"config": {"data_type": "mx_fp"}}, {}, PlanError, "data_type is 'mx_fp",
+    ),
+    "auto-round-packing": (
+        "auto-round", Scheme(4, 32), {"config": {"packing_format": "auto_round:fp8"}}, {}, PlanError, "packing_format",
+    ),
+    "ct-activations": (
+        "compressed-tensors", Scheme(4, 32), {"config": {"config_groups": {"g": {
+            "weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}}, {}, PlanError, "input activations too",
+    ),
+    "ct-format": (
+        "compressed-tensors", Scheme(4, 32), {"config": {"format": "float-quantized"}}, {}, PlanError, "'float-quantized'",
+    ),
+    "ct-bits": (
+        "compressed-tensors", Scheme(4, 32), {"config": {"config_groups": {"g": {"weights": {"num_bits": 3}}}}}, {},
+        InputError, "are none of config.json's schemes",
+    ),
+    "ct-no-shape": (
+        "compressed-tensors", Scheme(4, 32), {}, {"weight_shape": None}, InputError, "weight_shape is not there",
+    ),
+    "ct-other-shape": (
+        "compressed-tensors", Scheme(4, 32), {}, {"weight_shape": lambda s: s + 8}, InputError, "weight_shape says",
+    ),
+    "ct-cache": (
+        "compressed-tensors", Scheme(4, 32), {"config": {"kv_cache_scheme": {"num_bits": 8}}}, {}, PlanError, "kv_cache_scheme",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_contradicts_itself_or_is_not_known_is_refused(tmp_path, case):
+    method, scheme, more, arrays, error, words = BAD[case]
+    folder, _ = make_foreign(tmp_path / "m", method, scheme, **more)
+    change(folder, **arrays)
+    with pytest.raises(error, match=words):
+        read_everything(folder)
+
+
+def read_everything(folder):
+    """As an import does."""
+    foreign = read_foreign(open_checkpoint(str(folder)))
+    bind(foreign.checkpoint)
+    for linear in foreign.linears.values():
+        assert linear.grid is None or linear.coded() is not None
+
+
+def test_integers_in_a_checkpoint_of_floats_are_refused(tmp_path):
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="seems to be quantized"):
+        open_checkpoint(str(folder))
+
+
+def test_both_a_float_matrix_and_its_codes_are_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder, values = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(values))
+    save_file(tensors | {name: values[name]}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="and arrays of its codes"):
+        read_foreign(open_checkpoint(str(folder)))

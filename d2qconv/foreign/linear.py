@@ -17,6 +17,8 @@ from d2qconv.ir.coded import Coded
 
 #: Bits that the dialects here have.
 BITS = (2, 3, 4, 8)
+#: Values that are decoded at a time, so that what is made of them on the way stays small.
+_PIECE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ class ForeignLinear:
 
     def decode(self) -> Tensor:
         """The weights, f32[n_out, n_in], in any order of columns: each product exact, rounded once."""
-        step, zero = self._step.float(), self._zero
-        column = self._column.long()
-        values = self.codes().to(torch.float32)
-        values -= (torch.full_like(step, self._middle) if zero is None else zero.float())[:, column]
-        return values.mul_(step[:, column])
+        step, zero = self._parameters()
+        step, column = step.float(), self._column.long()
+        codes = self.codes()
+        values = torch.empty(self.shape, dtype=torch.float32)
+        for at in range(0, len(codes), rows := max(1, _PIECE // self.shape[1])):
+            some = slice(at, at + rows)
+            middle = self._middle if zero is None else zero[some].float()[:, column]
+            values[some] = (codes[some].to(torch.float32) - middle).mul_(step[some][:, column])
+        return values
 
     @cached_property
     def grid(self) -> FoundGrid | None:
@@ -56,7 +62,8 @@ class ForeignLinear:
         runs = self._runs
         if runs is None:
             return None
-        zero, step = self._zero, self._step.float()
+        step, zero = self._parameters()
+        step = step.float()
         is_middle = zero is None or bool((zero == self._middle).all())
         low, high = (self._middle, self._middle) if zero is None else (int(zero.min()), int(zero.max()))
         offset = step * (self._middle if zero is None else zero.to(torch.float32))
@@ -77,28 +84,25 @@ class ForeignLinear:
         grid = self.grid
         assert grid is not None, "asked only where there is a grid"
         at = self._column[:: grid.group].long()
-        params = {"step": self._step[:, at].to(grid.storage.dtype).contiguous()}
+        step, zero = self._parameters()
+        params = {"step": step[:, at].to(grid.storage.dtype).contiguous()}
         if grid.zero == "integer":
-            assert self._zero is not None, "a grid with zero points has them"
-            params["zero"] = self._zero[:, at].to(torch.uint8).contiguous()
+            assert zero is not None, "a grid with zero points has them"
+            params["zero"] = zero[:, at].to(torch.uint8).contiguous()
         return Coded(grid, self.shape, self.codes(), params)
 
     @property
     def _middle(self) -> int:
         return 1 << (self.bits - 1)
 
-    @cached_property
-    def _step(self) -> Tensor:
-        found = self.steps()
-        if not torch.isfinite(found).all():
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Steps as stored, and zero points; raises InputError. Read anew each time: all of them are gigabytes."""
+        step = self.steps()
+        if not torch.isfinite(step).all():
             raise InputError(
                 "holds scales that are not finite", where=self.module, todo="get the checkpoint again"
             )
-        return found
-
-    @cached_property
-    def _zero(self) -> Tensor | None:
-        return None if self.zeros is None else self.zeros()
+        return step, None if self.zeros is None else self.zeros()
 
     @cached_property
     def _column(self) -> Tensor:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from d2qconv.grids.base import Grid, Params, is_vector
-from d2qconv.quant.panel import Panel, hand_on, local_metrics, round_panel, round_vectors
+from d2qconv.quant.panel import Panel, hand_on, local_metrics, round_lattice, round_panel, round_vectors
 from d2qconv.timing import timed
 
 #: Columns of a panel, at most; a panel lies in one group.
@@ -117,17 +117,20 @@ class _Work:
         if is_vector(grid):
             round_vectors(replace(panel, metric=self._metric(columns)), grid, params, codes, errors)
             return
-        lattice = grid.lattice(params, group) if chunk.rest.is_cuda and has_triton() else None
+        lattice = grid.lattice(params, group)
         if lattice is None:
             round_panel(panel, grid, params, codes, errors)
             return
-        from d2qconv.quant import panel_triton
-
         if lattice.column_scale is not None:
             inside = columns.start % grid.group
             width = columns.stop - columns.start
             lattice = replace(lattice, column_scale=lattice.column_scale[inside : inside + width])
-        panel_triton.round_panel(panel, lattice, codes, errors)
+        if chunk.rest.is_cuda and has_triton():
+            from d2qconv.quant import panel_triton
+
+            panel_triton.round_panel(panel, lattice, codes, errors)
+        else:
+            round_lattice(panel, lattice, codes, errors)
 
     def _hand_on(self, done: slice) -> None:
         """Take the errors of the positions `done` out of what follows in the chunk."""

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from d2qconv.errors import PluginError, VerifyError
+from d2qconv.threads import n_cores
 from d2qconv_onnx.container import Container, open_model
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -55,8 +56,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 class OrtModel:
     """A package in ONNX Runtime.
 
-    accuracy_level: of all MatMulNBits nodes, None for what the package says. n_threads: 0 for all cores. Raises
-    VerifyError if ONNX Runtime refuses the model, with its own words, and PluginError if it is not installed.
+    accuracy_level: of all MatMulNBits nodes, None for what the package says. n_threads: 0 for all cores that this
+    process may use. Raises VerifyError if ONNX Runtime refuses the model, with its own words, and PluginError if it is
+    not installed.
     """
 
     def __init__(self, folder: Path, *, accuracy_level: int | None = None, n_threads: int = 0) -> None:
@@ -67,7 +69,7 @@ class OrtModel:
         container = open_model(folder)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY
-        options.intra_op_num_threads = n_threads
+        options.intra_op_num_threads = n_threads or n_cores()
         options.add_session_config_entry(_FOLDER, str(folder))
         try:
             self._session = onnxruntime.InferenceSession(

@@ -16,9 +16,8 @@ TEXT = "The old man and the little girl walked down to the river, where a dog wa
 
 
 @pytest.fixture
-def words(tmp_path, monkeypatch):
+def words(tmp_path):
     """The command, for a small random model with a real tokenizer."""
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
     sizes = {"hidden": 64, "ffn": 96, "heads": 2, "kv_heads": 1, "head_dim": 32}
     model = make_checkpoint(tmp_path / "m", "llama", vocab=8192, tokenizer=LLAMA, **sizes)
     text = tmp_path / "text.txt"

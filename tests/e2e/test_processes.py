@@ -22,7 +22,15 @@ LIMIT = 400
 def model(tmp_path_factory):
     """A small random model, and tokens for it."""
     folder = tmp_path_factory.mktemp("team") / "model"
-    return make_checkpoint(folder, "llama", vocab=8192, tokenizer=TOKENIZER, layers=2, hidden=256, ffn=256)
+    sizes = {"hidden": 64, "ffn": 128, "heads": 2, "kv_heads": 1, "head_dim": 32}
+    return make_checkpoint(folder, "llama", vocab=8192, tokenizer=TOKENIZER, layers=2, **sizes)
+
+
+@pytest.fixture(scope="module")
+def by_two(model, tmp_path_factory):
+    """What two processes print and write."""
+    out = tmp_path_factory.mktemp("two") / "two.gguf"
+    return make(2, model, out), out
 
 
 def start(processes, model, out, sequences=12):
@@ -30,7 +38,7 @@ def start(processes, model, out, sequences=12):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "-m", "d2qconv", "to-gguf", str(model), "-o", str(out), "--length", "32", "--device", "cpu", "--json",
-        "--sequences", str(sequences),
+        "--sequences", str(sequences), "--type", "q2_0",
     ]  # fmt: skip
     return subprocess.Popen(
         command,
@@ -68,16 +76,19 @@ def make(processes, model, out, sequences=12):
     return json.loads(printed)
 
 
-def test_two_processes_make_what_one_makes(model, tmp_path):
+def test_two_processes_make_what_one_makes(model, by_two, tmp_path):
     one = make(1, model, tmp_path / "one.gguf")
-    two = make(2, model, tmp_path / "two.gguf")
+    two, two_path = by_two
     assert one["fingerprint"] == two["fingerprint"]
     assert [e["tensor"] for e in one["errors"]] == [e["tensor"] for e in two["errors"]]
     for before, after in zip(one["errors"], two["errors"], strict=True):
         assert after["output"] == pytest.approx(before["output"], rel=0.1)
     assert one["n_tokens"] == two["n_tokens"]
     assert two["perplexity_source"] == pytest.approx(one["perplexity_source"], rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.gguf", "two.gguf"]
+    assert [path.name for path in (*tmp_path.iterdir(), *two_path.parent.iterdir())] == [
+        "one.gguf",
+        "two.gguf",
+    ]
 
 
 def test_more_processes_than_sequences(model, tmp_path):
@@ -94,8 +105,7 @@ def test_an_error_ends_all(model, tmp_path):
     assert (tmp_path / "m.gguf").read_bytes() == b"mine"
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(model, tmp_path):
-    make(2, model, tmp_path / "whole.gguf")
+def test_a_killed_run_goes_on_to_the_same_bytes(model, by_two, tmp_path):
     run = start(2, model, tmp_path / "killed.gguf")
     manifest = tmp_path / "killed.gguf.work" / "manifest.json"
     until = time.monotonic() + LIMIT
@@ -108,4 +118,4 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model, tmp_path):
     assert was_running, "the run ended before it could be killed"
     assert not (tmp_path / "killed.gguf").exists()
     make(2, model, tmp_path / "killed.gguf")
-    assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert (tmp_path / "killed.gguf").read_bytes() == by_two[1].read_bytes()

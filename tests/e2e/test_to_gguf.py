@@ -50,6 +50,7 @@ def other_llama_cpp(path, prompt):
     params.model.path = str(path)
     params.n_ctx = 128
     params.n_gpu_layers = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     answer = server.handle_completions({"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 1})
     (first,) = answer["choices"][0]["logprobs"]["content"]
@@ -60,9 +61,9 @@ def other_llama_cpp(path, prompt):
 def random_model(tmp_path_factory):
     """Makes a random checkpoint with a real tokenizer."""
 
-    def make(model_type, **sizes):
+    def make(model_type, layers=1, **sizes):
         folder = tmp_path_factory.mktemp(model_type) / "model"
-        return make_checkpoint(folder, model_type, vocab=8192, tokenizer=LLAMA, layers=1, **sizes)
+        return make_checkpoint(folder, model_type, vocab=8192, tokenizer=LLAMA, layers=layers, **sizes)
 
     return make
 
@@ -108,7 +109,7 @@ def test_every_type_in_one_file_runs_in_both_llama_cpps(capsys, tmp_path):
         "k@3": "q4_0", "v@3": "q8_0", "o@3": "iq2_xs", "gate@3": "iq2_s", "up@3": "iq3_xxs",
     }  # fmt: skip
     rules = [part for place, name in wanted.items() for part in ("--tensor-type", f"{place}={name}")]
-    code, report = to_gguf(capsys, LLAMA, out, "--type", "q4_k", "--polish", "0", *rules)
+    code, report = to_gguf(capsys, LLAMA, out, "--type", "q4_k", "--rounding", "nearest", *rules)
     assert code == 0, report
     assert set(GRIDS) - {"q2_0"} == set(wanted.values())
     parts = {
@@ -158,7 +159,8 @@ def test_a_split_package_loads_by_its_first_file_and_replaces_an_older_set(capsy
     code = main(["to-gguf", str(LLAMA), "-o", str(out), *QUICK, "--max-shard-size", "500kB"])
     assert code == 2
     assert "the output exists" in capsys.readouterr().err
-    code, report = to_gguf(capsys, LLAMA, out, "--max-shard-size", "500kB", "--overwrite")
+    nearest = ("--rounding", "nearest", "--overwrite")
+    code, report = to_gguf(capsys, LLAMA, out, "--max-shard-size", "500kB", *nearest)
     assert code == 0, report
     n_files = len(names(tmp_path))
     assert n_files > 2
@@ -189,7 +191,7 @@ def test_a_split_package_loads_by_its_first_file_and_replaces_an_older_set(capsy
 )
 @pytest.mark.parametrize("grid", ["q3_k", "q4_0"])
 def test_every_architecture_loads_and_agrees(capsys, tmp_path, random_model, model_type, sizes, grid):
-    model = random_model(model_type, **sizes)
+    model = random_model(model_type, ffn=256, **sizes)
     out = tmp_path / "m.gguf"
     code, report = to_gguf(capsys, model, out, "--type", grid)
     assert code == 0, report
@@ -198,7 +200,9 @@ def test_every_architecture_loads_and_agrees(capsys, tmp_path, random_model, mod
 
 def test_without_dac_qwen2_keeps_its_name(capsys, tmp_path, random_model):
     out = tmp_path / "m.gguf"
-    code, _ = to_gguf(capsys, random_model("qwen2", attention_bias=True), out, "--no-dac")
+    code, _ = to_gguf(
+        capsys, random_model("qwen2", attention_bias=True), out, "--no-dac", "--rounding", "nearest"
+    )
     assert code == 0
     field = gguf.GGUFReader(out).get_field("general.architecture")
     assert field is not None
@@ -206,17 +210,18 @@ def test_without_dac_qwen2_keeps_its_name(capsys, tmp_path, random_model):
 
 
 def test_two_runs_give_the_same_bytes(capsys, tmp_path, random_model):
-    model = random_model("qwen3")
+    model = random_model("qwen3", ffn=256)
     for name in ("a.gguf", "b.gguf"):
         assert to_gguf(capsys, model, tmp_path / name)[0] == 0
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_killed_and_started_again_gives_the_same_bytes(capsys, tmp_path):
-    assert to_gguf(capsys, QWEN3, tmp_path / "straight.gguf")[0] == 0
+def test_killed_and_started_again_gives_the_same_bytes(capsys, tmp_path, random_model):
+    model = random_model("qwen3", layers=3, ffn=256)
+    assert to_gguf(capsys, model, tmp_path / "straight.gguf")[0] == 0
     out = tmp_path / "killed.gguf"
     out.write_bytes(b"an earlier file")
-    command = [sys.executable, "-m", "d2qconv", "to-gguf", str(QWEN3), "-o", str(out), "--overwrite", *QUICK]
+    command = [sys.executable, "-m", "d2qconv", "to-gguf", str(model), "-o", str(out), "--overwrite", *QUICK]
     work = out.with_name("killed.gguf.work")
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 240
@@ -228,7 +233,7 @@ def test_killed_and_started_again_gives_the_same_bytes(capsys, tmp_path):
     run.wait()
     assert out.read_bytes() == b"an earlier file"
     assert names(tmp_path) == ["killed.gguf", "killed.gguf.work", "straight.gguf"]
-    assert to_gguf(capsys, QWEN3, out, "--overwrite")[0] == 0
+    assert to_gguf(capsys, model, out, "--overwrite")[0] == 0
     assert out.read_bytes() == (tmp_path / "straight.gguf").read_bytes()
     assert not work.exists()
 

@@ -53,7 +53,7 @@ def test_the_default_command_gives_a_verified_2_bit_folder(capsys, tmp_path, mod
 )
 @pytest.mark.parametrize("folds", [("--dsq",), ("--dsq", "--dac"), ("--dac", "--carrier", "biases")])
 def test_folds_are_in_the_codes_and_biases(capsys, tmp_path, model_type, bits, folds):
-    model = make_checkpoint(tmp_path / "model", model_type, vocab=8192, tokenizer=LLAMA, layers=1)
+    model = make_checkpoint(tmp_path / "model", model_type, vocab=8192, tokenizer=LLAMA, layers=1, ffn=256)
     code, report = to_onnx(capsys, model, tmp_path / "p", "--type", bits, "--block-size", "32", *folds)
     assert code == 0
     assert all(check["is_passed"] and not check["is_skipped"] for check in report["checks"])
@@ -86,7 +86,9 @@ def test_a_folder_of_somebody_else_is_not_replaced(capsys, tmp_path):
 def test_one_quantization_gives_two_packages_of_equal_values(capsys, tmp_path):
     gguf, onnx = tmp_path / "m.gguf", tmp_path / "m-onnx"
     options = ["--type", "q4_0", "--tensor-type", "down=q8_0", "--dsq", "--dac", "--also", f"onnx={onnx}"]
-    code = main(["to-gguf", str(LLAMA), "-o", str(gguf), *QUICK, *options])
+    sizes = {"hidden": 64, "ffn": 96, "heads": 2, "kv_heads": 1, "head_dim": 32}
+    model = make_checkpoint(tmp_path / "model", "llama", vocab=8192, tokenizer=LLAMA, layers=2, **sizes)
+    code = main(["to-gguf", str(model), "-o", str(gguf), *QUICK, *options])
     report = json.loads(capsys.readouterr().out)
     assert code == 0
     (also,) = report["also"]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import math
 import shutil
-import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
+from session_folder import new_folder
 
 from d2qconv.arch.registry import BUILT_IN
 from d2qconv.arch.spec import Dims, ModelDesc, Rope
@@ -82,8 +81,7 @@ def make_desc(
 @cache
 def small_source() -> Checkpoint:
     """A checkpoint with the first 512 tokens of a real tokenizer, and no weights."""
-    folder = Path(tempfile.mkdtemp(prefix="d2qconv-tokenizer-"))
-    atexit.register(shutil.rmtree, folder)
+    folder = new_folder("tokenizer")
     tokenizer = json.loads((LLAMA_5M / "tokenizer.json").read_text())
     model = tokenizer["model"]
     model["vocab"] = {token: i for token, i in model["vocab"].items() if i < DIMS.vocab}

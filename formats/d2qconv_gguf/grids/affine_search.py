@@ -71,11 +71,12 @@ def free_fit(p: Problem, shape: AffineShape) -> FreeFit:
         below, above = cuts[:, 0, None, None], cuts[:, 1, None, None]
         offset = (-(low + below * width)).clamp_min(0.0)
         step = (width * (1 - below - above) / shape.top_code).clamp_min(0.0)
-        found: tuple[Tensor, ...] = ()
+        sums: list[Tensor] = []
         for _ in range(shape.n_iterations):
-            found = _least_squares(p, step, offset, shape)
-            step, offset = found[1], found[2]
-        found = best_of(found)
+            step, offset, *sums = _least_squares(p, step, offset, shape)
+        q, qq, qw = sums
+        error = p.sum_ww + step * step * qq - 2 * step * qw + offset * (offset + 2 * p.sum_w - 2 * step * q)
+        found = best_of((error, step, offset, q, qq, qw))
         best = found if best is None else keep_best(best, found)
     assert best is not None
     return FreeFit(*best)
@@ -90,16 +91,14 @@ def _sums(p: Problem, step: Tensor, offset: Tensor, shape: AffineShape) -> tuple
 
 
 def _least_squares(p: Problem, step: Tensor, offset: Tensor, shape: AffineShape) -> tuple[Tensor, ...]:
-    """One alternation: codes of (step, offset), then the best (step, offset ≥ 0) of these codes and its error."""
+    """One alternation: codes of (step, offset), then the best (step, offset ≥ 0) of these codes, and their sums."""
     q, qq, qw = _sums(p, step, offset, shape)
     variance = qq - q * q
     step = torch.where(variance > 1e-6 * qq, (qw - q * p.sum_w) / variance.clamp_min(1e-30), step)
     offset = step * q - p.sum_w
     through_zero = torch.where(qq > 0, qw / qq.clamp_min(1e-30), step)
     step = torch.where(offset < 0, through_zero, step).clamp_min(0.0)
-    offset = offset.clamp_min(0.0)
-    error = p.sum_ww + step * step * qq - 2 * step * qw + offset * (offset + 2 * p.sum_w - 2 * step * q)
-    return error, step, offset, q, qq, qw
+    return step, offset.clamp_min(0.0), q, qq, qw
 
 
 def super_scales(p: Problem, free: FreeFit, shape: AffineShape, keep: int) -> list[tuple[Tensor, Tensor]]:

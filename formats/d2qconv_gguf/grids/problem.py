@@ -130,6 +130,8 @@ def keep_best(best: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, 
 
 def best_of(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of candidates along dimension 0, the one with the smallest first entry, elementwise."""
+    if len(found[0]) == 1:
+        return tuple(f[0] for f in found)
     index = torch.nan_to_num(found[0], nan=torch.inf).argmin(0, keepdim=True)
     return tuple(f.gather(0, index).squeeze(0) for f in found)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 from random_models import quantized
+from session_folder import new_folder
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
@@ -26,7 +25,7 @@ EXPORTERS = {
 @cache
 def source(arch, **given):
     """A random checkpoint."""
-    return open_checkpoint(str(make_checkpoint(Path(mkdtemp(prefix="d2qconv-hf-")) / arch, arch, **given)))
+    return open_checkpoint(str(make_checkpoint(new_folder("hf") / arch, arch, **given)))
 
 
 def plan(dialect, checkpoint, carrier=None, **options):

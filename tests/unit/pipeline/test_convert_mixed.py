@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_convert_recipes import RECIPE, job, kl_of_the_file, one_thread, run, small, text  # noqa: F401
+from test_convert_recipes import RECIPE, job, kl_of_the_file, run, small, text  # noqa: F401
 
 from d2qconv.errors import PlanError
 from d2qconv.pipeline import plan

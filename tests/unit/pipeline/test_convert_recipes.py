@@ -30,12 +30,6 @@ RECIPE = Recipe(asymmetry=0.25, dsq=True, dac=True, refine=0)
 TEXT = "The old man and the little girl walked down to the river, where a dog was waiting for a ball. "
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """llama.cpp's threads wait for each other by spinning, which takes long where tests share the cores."""
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

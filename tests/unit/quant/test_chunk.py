@@ -303,10 +303,10 @@ def test_panels_of_a_long_group_are_cut_at_128_columns(monkeypatch, is_ordered):
 
     def spy(panel, *rest):
         panels.append((panel.place, len(panel.rest)))
-        return round_panel(panel, *rest)
+        return round_lattice(panel, *rest)
 
-    round_panel = chunk_module.round_panel
-    monkeypatch.setattr(chunk_module, "round_panel", spy)
+    round_lattice = chunk_module.round_lattice
+    monkeypatch.setattr(chunk_module, "round_lattice", spy)
     grid = AffineGrid(2, 256, "float")
     order = gar(torch.rand(512, generator=torch.Generator().manual_seed(1)), grid) if is_ordered else None
     run_and_check(grid, order=order)

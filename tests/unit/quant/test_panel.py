@@ -1,25 +1,34 @@
-"""The kernel against its definition, bit for bit. Without a GPU Triton interprets it; on one, `tools/check_device`."""
+"""The quick ways against their definition, bit for bit.
+
+Without a GPU Triton interprets the kernel; on one, `tools/check_device`.
+"""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import take_block
 from d2qconv.quant.dsq import ColumnScaled
-from d2qconv.quant.panel import Panel, round_panel
+from d2qconv.quant.panel import Panel, round_lattice, round_panel
 from d2qconv_gguf.grids import GRIDS
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
+AFFINE = {f"affine_{zero}": AffineGrid(2, 32, zero) for zero in ("integer", "float", "none")}
+
+
 def make(name, n, seed=0, *, is_scaled=False):
     """A panel in the middle of a block, its grid and parameters."""
     generator = torch.Generator().manual_seed(seed)
-    grid = ColumnScaled(GRIDS[name]) if is_scaled else GRIDS[name]
+    plain = AFFINE[name] if name in AFFINE else GRIDS[name]
+    grid = ColumnScaled(plain) if is_scaled else plain
     w = torch.randn(37, grid.block, generator=generator) * 0.05
     w[3] = 0
     params = grid.fit(w, torch.rand(grid.block, generator=generator) + 0.1)
@@ -62,12 +71,8 @@ def test_drift_pulls_what_the_column_or_the_source_weighs():
     assert not torch.equal(*seen)
 
 
-def compare(name, n, is_scaled, with_drift, with_pull, with_old):
-    """Both ways on one panel; raises AssertionError."""
-    from dataclasses import replace
-
-    from d2qconv.quant import panel_triton
-
+def compare(quick, name, n, is_scaled, with_drift, with_pull, with_old):
+    """The definition and `quick` on one panel; raises AssertionError."""
     grid, params, group, rest, factor, first = make(name, n, is_scaled=is_scaled)
     drift = (
         torch.triu(torch.randn(n, n, generator=torch.Generator().manual_seed(1)), 1) if with_drift else None
@@ -77,7 +82,7 @@ def compare(name, n, is_scaled, with_drift, with_pull, with_old):
     lattice = grid.lattice(params, group)
     assert lattice is not None
     results = []
-    for way in ("plain", "kernel"):
+    for way in ("plain", "quick"):
         mine = rest.clone()
         panel = Panel(mine, factor, first, drift, pull, old)
         codes, errors = torch.empty(n, 37, dtype=torch.uint8), torch.empty(n, 37)
@@ -86,12 +91,11 @@ def compare(name, n, is_scaled, with_drift, with_pull, with_old):
         else:
             scale = lattice.column_scale
             inside = torch.arange(n) + first - group * grid.group
-            panel_triton.round_panel(
-                panel, replace(lattice, column_scale=None if scale is None else scale[inside]), codes, errors
-            )
+            mine_only = replace(lattice, column_scale=None if scale is None else scale[inside])
+            quick(panel, mine_only, codes, errors)
         results.append((mine, codes, errors))
-    for plain, kernel in zip(*results, strict=True):
-        assert torch.equal(plain, kernel), (name, n, is_scaled, with_drift)
+    for plain, other in zip(*results, strict=True):
+        assert torch.equal(plain, other), (name, n, is_scaled, with_drift)
 
 
 CASES = (
@@ -104,6 +108,11 @@ CASES = (
     ("iq4_xs", 32, False, True, False, False),
     ("iq4_nl", 32, True, False, False, True),
 )
+
+
+@pytest.mark.parametrize("case", [*CASES, *((name, 32, True, True, False, False) for name in AFFINE)])
+def test_lattice_equals_definition(case):
+    compare(round_lattice, *case)
 
 
 @needs_triton
@@ -121,5 +130,7 @@ def test_kernel_equals_definition():
 
 
 if __name__ == "__main__":
+    from d2qconv.quant import panel_triton
+
     for case in CASES:
-        compare(*case)
+        compare(panel_triton.round_panel, *case)

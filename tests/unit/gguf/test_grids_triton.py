@@ -45,7 +45,7 @@ def said():
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Run ``d2qconv to-gguf`` as a user would, in a process of its own."""
+"""Run d2qconv as a user would, in a process of its own."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def convert(settings: Settings, type_name: str, label: str, flags: tuple[str, ..
         "--calibration", str(settings.calibration), "--sequences", str(settings.sequences),
         "--length", str(settings.length), "--json", *flags, *settings.extra,
     )  # fmt: skip
-    return _run(command, file)
+    return run(command, file)
 
 
 def source(model: Path, folder: Path, type_name: str) -> Made:
@@ -69,10 +69,11 @@ def source(model: Path, folder: Path, type_name: str) -> Made:
         # Nothing is quantized, so nothing needs statistics.
         "--sequences", "1", "--length", "16",
     )  # fmt: skip
-    return _run(command, file)
+    return run(command, file)
 
 
-def _run(command: tuple[str, ...], file: Path) -> Made:
+def run(command: tuple[str, ...], file: Path) -> Made:
+    """Run one command that makes ``file``; a refusal by the plan is a result, another failure a RuntimeError."""
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start

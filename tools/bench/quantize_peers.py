@@ -1,4 +1,4 @@
-"""Other quantizers on the same folder and the same tokens, each at 2 bits with groups of 128, asymmetric.
+"""Other quantizers on the same folder and the same tokens; 2 bits in groups of 128 with zero points if not said.
 
 `quantize_peers.py REQUEST.json RESULT.json` runs one of them, in a process of its own. Each is called as its own
 documentation calls it, with its defaults where nothing is said here. `load` is transformers reading the checkpoint
@@ -10,6 +10,7 @@ are 2.14.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,19 +25,27 @@ import numpy as np
 import torch
 from quantize_memory import Peaks, Sampler
 
-GROUP = 128
-BITS = 2
-
 
 @dataclass(frozen=True)
 class PeerRequest:
-    """peer: a key of PEERS. model: folder. tokens: `calibration.npy`, i32[sequences, length]. output: a new folder."""
+    """peer: a key of PEERS. model: folder. tokens: `calibration.npy`, i32[sequences, length]. output: a new folder.
+
+    group: weights that share a scale. is_symmetric: no zero points.
+    """
 
     peer: str
     model: str
     tokens: str
     output: str
     device: str
+    bits: int = 2
+    group: int = 128
+    is_symmetric: bool = False
+
+    @property
+    def stored(self) -> str:
+        """What the package holds, for people."""
+        return f"W{self.bits} g{self.group}{' symmetric' if self.is_symmetric else ''}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,11 @@ def _llmcompressor(asked: PeerRequest, *, is_gptq: bool) -> Times:
 
     model, tokenizer, load = _load(asked)
     arguments = QuantizationArgs(
-        num_bits=BITS, type="int", symmetric=False, strategy="group", group_size=GROUP
+        num_bits=asked.bits,
+        type="int",
+        symmetric=asked.is_symmetric,
+        strategy="group",
+        group_size=asked.group,
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)}
     modifier = (GPTQModifier if is_gptq else QuantizationModifier)(config_groups=groups, ignore=["lm_head"])
@@ -120,7 +133,7 @@ def _llmcompressor(asked: PeerRequest, *, is_gptq: bool) -> Times:
     quantized = _wait()
     model.save_pretrained(asked.output, save_compressed=True)
     what = "GPTQ, block by block" if is_gptq else "nearest, no data"
-    return Times(what, f"W{BITS} g{GROUP}", load, quantized - started, _wait() - quantized)
+    return Times(what, asked.stored, load, quantized - started, _wait() - quantized)
 
 
 def autoround(asked: PeerRequest) -> Times:
@@ -133,47 +146,60 @@ def autoround_rtn(asked: PeerRequest) -> Times:
     return _autoround(asked, iters=0)
 
 
-def _autoround(asked: PeerRequest, *, iters: int) -> Times:
+def autoround_best(asked: PeerRequest) -> Times:
+    """What AutoRound's documentation recommends for W2A16: 1000 steps and its variant of the algorithm."""
+    return _autoround(asked, iters=1000, is_extended=True)
+
+
+def _autoround(asked: PeerRequest, *, iters: int, is_extended: bool = False) -> Times:
     from auto_round import AutoRound  # noqa: PLC0415
 
     model, tokenizer, load = _load(asked)
     ids = _tokens(asked.tokens)
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
     started = time.perf_counter()
-    scheme = {"bits": BITS, "group_size": GROUP, "sym": False, "data_type": "int", "act_bits": 16}
+    scheme = {
+        "bits": asked.bits, "group_size": asked.group, "sym": asked.is_symmetric, "data_type": "int", "act_bits": 16,
+    }  # fmt: skip
     rounder = AutoRound(
         model, tokenizer=tokenizer, scheme=scheme, dataset=batches, iters=iters, nsamples=len(ids),
-        seqlen=ids.shape[1], device_map=asked.device,
+        seqlen=ids.shape[1], device_map=asked.device, **({"enable_alg_ext": True} if is_extended else {}),
     )  # fmt: skip
     rounder.quantize()
     quantized = _wait()
     rounder.save_quantized(asked.output, format="auto_round")
     what = f"{iters} steps a block" if iters else "nearest (iters=0)"
-    return Times(what, f"W{BITS} g{GROUP}", load, quantized - started, _wait() - quantized)
+    what += ", enable_alg_ext" if is_extended else ""
+    return Times(what, asked.stored, load, quantized - started, _wait() - quantized)
 
 
 def gptqmodel(asked: PeerRequest) -> Times:
-    """GPTQModel's GPTQ, its defaults but for bits, group and zero points."""
+    """GPTQModel's GPTQ, its defaults but for bits, group and zero points, which version 2 stores as they are."""
     if (os.cpu_count() or 1) < 4:  # its own choice for two cores is refused by its own check
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, extension  # noqa: PLC0415
 
-    extension.load("pack_block_cpu")  # compiled with g++ on first use, which is not the quantizer's time
+    # Compiled with g++ on first use, which is not the quantizer's time; without it packing goes a slower way.
+    with contextlib.suppress(RuntimeError):
+        extension.load("pack_block_cpu")
     started = time.perf_counter()
-    config = QuantizeConfig(bits=BITS, group_size=GROUP, sym=False, device=asked.device)
+    config = QuantizeConfig(
+        bits=asked.bits, group_size=asked.group, sym=asked.is_symmetric, device=asked.device, format="gptq_v2"
+    )
     model = GPTQModel.load(asked.model, config)
     loaded = time.perf_counter()
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in _tokens(asked.tokens)]
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH, calibration_sort=None)
     quantized = _wait()
     model.save(asked.output)
-    return Times("GPTQ", f"W{BITS} g{GROUP}", loaded - started, quantized - loaded, _wait() - quantized)
+    return Times("GPTQ", asked.stored, loaded - started, quantized - loaded, _wait() - quantized)
 
 
 PEERS: dict[str, tuple[str, Callable[[PeerRequest], Times]]] = {
     "llmcompressor": ("llmcompressor", llmcompressor_gptq),
     "llmcompressor-rtn": ("llmcompressor", llmcompressor_rtn),
     "autoround": ("auto-round", autoround),
+    "autoround-best": ("auto-round", autoround_best),
     "autoround-rtn": ("auto-round", autoround_rtn),
     "gptqmodel": ("gptqmodel", gptqmodel),
 }

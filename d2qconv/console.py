@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 
-from d2qconv import allocation_view, import_view
+from d2qconv import allocation_view, evaluation_view, import_view
 from d2qconv.budget import Peaks, gibibytes
 from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
-from d2qconv.facts import check_facts, exporter_facts, outcome_facts, plan_facts
+from d2qconv.facts import check_facts, evaluation_facts, exporter_facts, outcome_facts, plan_facts
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import describe
 from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
+    from d2qconv.evaluate.result import Evaluated
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
@@ -179,6 +180,16 @@ class Console:
         if not self._is_quiet:
             self._checks(checks)
         self._line(f"{path}: {len(checks) - failed} checks passed, {failed} failed")
+
+    def show_evaluation(self, path: Path, found: Evaluated) -> None:
+        """How good a package is."""
+        if self._is_json:
+            self._emit({"path": str(path), **evaluation_facts(found)})
+            return
+        if not self._is_quiet:
+            self._pairs(evaluation_view.pairs(found))
+            self._line()
+        self._line(f"{path}: {evaluation_view.summary(found)}")
 
     def show_facts(self, path: Path, facts: Mapping[str, Any]) -> None:
         """What `inspect` found."""

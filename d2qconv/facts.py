@@ -9,6 +9,7 @@ from d2qconv.export.base import Check, TargetPlan
 from d2qconv.export.discover import Found
 
 if TYPE_CHECKING:
+    from d2qconv.evaluate.result import Evaluated
     from d2qconv.job import Planned
     from d2qconv.outcome import AlsoWritten, Outcome
 
@@ -131,3 +132,11 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
             "disk_bytes": outcome.footprint.disk_bytes,
         },
     }
+
+
+def evaluation_facts(found: Evaluated) -> dict[str, Any]:
+    """What an evaluation found, as JSON: the fields of `d2qconv.evaluate.result`."""
+    import msgspec
+
+    facts: dict[str, Any] = msgspec.to_builtins(found)
+    return facts

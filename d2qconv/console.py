@@ -26,7 +26,7 @@ from d2qconv.run import describe
 from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
-    from d2qconv.evaluate.result import Evaluated
+    from d2qconv.evaluate.result import Evaluated, Tasked
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
@@ -181,15 +181,18 @@ class Console:
             self._checks(checks)
         self._line(f"{path}: {len(checks) - failed} checks passed, {failed} failed")
 
-    def show_evaluation(self, path: Path, found: Evaluated) -> None:
+    def show_evaluation(self, path: Path, found: Evaluated | None, tasked: Tasked | None = None) -> None:
         """How good a package is."""
         if self._is_json:
-            self._emit({"path": str(path), **evaluation_facts(found)})
+            self._emit({"path": str(path), **evaluation_facts(found, tasked)})
             return
-        if not self._is_quiet:
+        if not self._is_quiet and tasked is not None:
+            self._table(evaluation_view.TASKS, evaluation_view.task_rows(tasked))
+            self._line()
+        if not self._is_quiet and found is not None:
             self._pairs(evaluation_view.pairs(found))
             self._line()
-        self._line(f"{path}: {evaluation_view.summary(found)}")
+        self._line(f"{path}: {evaluation_view.summary(found, tasked)}")
 
     def show_facts(self, path: Path, facts: Mapping[str, Any]) -> None:
         """What `inspect` found."""

@@ -28,7 +28,7 @@ from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, PluginError, RunError
 from d2qconv.evaluate.chunks import Chunks, check_context, cut
 from d2qconv.evaluate.metrics import Divergence, Likelihood, paired
-from d2qconv.evaluate.result import Evaluated, Judged, PackageFacts, SourceFacts, TextFacts
+from d2qconv.evaluate.result import Evaluated, Judged, PackageFacts, SourceFacts, Tasked, TextFacts
 from d2qconv.evaluate.statistics import Estimate
 from d2qconv.evaluate.streamed import Streamed
 from d2qconv.export.base import ExporterInfo
@@ -37,10 +37,13 @@ from d2qconv.export.manifest import file_record
 from d2qconv.export.package import atomic_output
 from d2qconv.export.runtime import Evaluating, Runtime, Tokenizer
 from d2qconv.gather import Source, read_weights
+from d2qconv.harness import WINDOW, TaskRun, check_installed, harness_version, run_tasks
 from d2qconv.pipeline import choose_device
 from d2qconv.progress import Watch
 from d2qconv.scoring import score_against, score_alone
 
+#: Tokens of a chunk, as llama-perplexity has them.
+CONTEXT = 512
 #: Chunks that are sampled from the source where there is no text and no number is given.
 SAMPLED_CHUNKS = 20
 #: Added to the seed, so that the tokens are none that a conversion has measured on.
@@ -70,7 +73,7 @@ class Evaluation:
     revision: str | None = None
     text: str | None = None
     n_chunks: int | None = None
-    context: int = 512
+    context: int = CONTEXT
     device: str | None = None
     seed: int = 0
     baseline: Target | None = None
@@ -115,6 +118,29 @@ def evaluate(asked: Evaluation, watch: Watch) -> Evaluated:
         difference=_difference(scores),
         version=__version__,
         torch=str(torch.__version__),
+        began=began.isoformat(timespec="seconds"),
+        seconds=time.monotonic() - started,
+    )
+
+
+def evaluate_tasks(target: Target, asked: TaskRun, watch: Watch, *, window: int | None = None) -> Tasked:
+    """Give a package tasks. window: tokens of the longest prompt, None for WINDOW; less if the package takes less.
+
+    Raises InputError, PluginError (the harness or the runtime is not installed), VerifyError, RunError.
+    """
+    began, started = datetime.now(UTC), time.monotonic()
+    check_installed()
+    window = WINDOW if window is None else window
+    with _memory_as_run_error(), _runtime(target, window) as runtime:
+        scores = run_tasks(asked, runtime, window, watch)
+        package = _package_facts(target, runtime)
+        window = min(window, runtime.max_length)
+    return Tasked(
+        package=package,
+        scores=tuple(scores),
+        harness=harness_version(),
+        window=window,
+        version=__version__,
         began=began.isoformat(timespec="seconds"),
         seconds=time.monotonic() - started,
     )
@@ -248,8 +274,15 @@ def _source_facts(opened: _Opened, watch: Watch) -> SourceFacts:
 
 
 def _judged(target: Target, runtime: Runtime, score: Divergence | Likelihood) -> Judged:
+    package = _package_facts(target, runtime)
+    if isinstance(score, Likelihood):
+        return Judged(package, score.perplexity, None)
+    return Judged(package, score.estimated_perplexity, score.statistics())
+
+
+def _package_facts(target: Target, runtime: Runtime) -> PackageFacts:
     found = contents(target.path)
-    package = PackageFacts(
+    return PackageFacts(
         name=target.path.name,
         format=target.exporter.name,
         n_bytes=found.n_bytes,
@@ -258,9 +291,6 @@ def _judged(target: Target, runtime: Runtime, score: Divergence | Likelihood) ->
         runtime_version=runtime.version,
         runtime_settings=runtime.settings,
     )
-    if isinstance(score, Likelihood):
-        return Judged(package, score.perplexity, None)
-    return Judged(package, score.estimated_perplexity, score.statistics())
 
 
 def _difference(scores: Sequence[Divergence | Likelihood]) -> Estimate | None:

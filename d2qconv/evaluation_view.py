@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from d2qconv.evaluate.result import Evaluated, Judged
+    from d2qconv.evaluate.result import Evaluated, Judged, Tasked
     from d2qconv.evaluate.statistics import DivergenceStatistics, Estimate
+
+#: Columns of `task_rows`.
+TASKS = ("task", "version", "shots", "samples", "metric", "value")
 
 
 def pairs(found: Evaluated) -> Iterator[tuple[str, str]]:
@@ -28,13 +31,25 @@ def pairs(found: Evaluated) -> Iterator[tuple[str, str]]:
         )
 
 
-def summary(found: Evaluated) -> str:
+def task_rows(tasked: Tasked) -> Iterator[Sequence[str]]:
+    """One row a metric of each task."""
+    for score in tasked.scores:
+        for metric, estimate in score.metrics.items():
+            sizes = str(score.n_shots), str(score.n_samples)
+            yield score.task, score.version, *sizes, metric, plus_minus(estimate)
+
+
+def summary(found: Evaluated | None, tasked: Tasked | None) -> str:
     """The last line."""
-    judged = found.judged
-    perplexity = f"perplexity {plus_minus(judged.perplexity)}"
-    if judged.divergence is None:
-        return perplexity
-    return f"KL divergence {plus_minus(judged.divergence.kl)}, {perplexity}"
+    parts = []
+    if found is not None and found.judged.divergence is not None:
+        parts.append(f"KL divergence {plus_minus(found.judged.divergence.kl)}")
+    if found is not None:
+        parts.append(f"perplexity {plus_minus(found.judged.perplexity)}")
+    for score in () if tasked is None else tasked.scores:
+        metric, estimate = next(iter(score.metrics.items()), ("no metric", None))
+        parts.append(f"{score.task} {metric}" + ("" if estimate is None else f" {plus_minus(estimate)}"))
+    return ", ".join(parts)
 
 
 def plus_minus(estimate: Estimate, unit: float = 1.0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from d2qconv.evaluate.statistics import DivergenceStatistics, Estimate
@@ -74,5 +75,29 @@ class Evaluated:
     difference: Estimate | None
     version: str
     torch: str
+    began: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task. metrics: by the harness' names (`acc`, `acc_norm`, `word_perplexity`), with its errors."""
+
+    task: str
+    version: str
+    n_shots: int
+    n_samples: int
+    metrics: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Tasked:
+    """Tasks that a package was given. harness: its version. window: tokens of the longest prompt."""
+
+    package: PackageFacts
+    scores: tuple[TaskScore, ...]
+    harness: str
+    window: int
+    version: str
     began: str
     seconds: float

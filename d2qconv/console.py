@@ -18,7 +18,7 @@ from rich.console import Console as RichConsole
 
 from d2qconv import allocation_view, evaluation_view, import_view
 from d2qconv.budget import Peaks, gibibytes
-from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
+from d2qconv.export.base import Check, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
 from d2qconv.facts import check_facts, evaluation_facts, exporter_facts, outcome_facts, plan_facts
 from d2qconv.progress import Unwatched, Watch
@@ -34,19 +34,6 @@ if TYPE_CHECKING:
     from d2qconv.outcome import Outcome
     from d2qconv.walk.last_pass import LastPass
     from d2qconv.walk.memory import Footprint
-
-
-def by_steps(watch: Watch, name: str) -> Progress:
-    """A progress callback (done, total, what) that tells a watch; the stage begins with the first call."""
-    totals: list[int] = []
-
-    def progress(done: int, total: int, what: str) -> None:
-        if totals != [total]:
-            totals[:] = [total]
-            watch.stage(name, total)
-        watch.step(done, what)
-
-    return progress
 
 
 class Console:

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2qconv.errors import InputError
-from d2qconv.export.runtime import Runtime
+from d2qconv.export.runtime import LoadedPackage
 
 
 @dataclass
 class Continuations:
     """Scores texts. window: tokens that the runtime may read at once."""
 
-    runtime: Runtime
+    runtime: LoadedPackage
     window: int
     _last: tuple[tuple[int, ...], int, NDArray[np.float64]] | None = field(default=None, init=False)
 

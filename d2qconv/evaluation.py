@@ -35,7 +35,8 @@ from d2qconv.export.base import ExporterInfo
 from d2qconv.export.contents import contents
 from d2qconv.export.manifest import file_record
 from d2qconv.export.package import atomic_output
-from d2qconv.export.runtime import Evaluating, Runtime, Tokenizer
+from d2qconv.export.runtime import Evaluating, LoadedPackage, Tokenizer
+from d2qconv.foreign.read import read_foreign
 from d2qconv.gather import Source, read_weights
 from d2qconv.harness import WINDOW, TaskRun, check_installed, harness_version, run_tasks
 from d2qconv.pipeline import choose_device
@@ -168,12 +169,16 @@ def _open_source(asked: Evaluation) -> _Opened | None:
     if asked.source is None:
         return None
     checkpoint = open_checkpoint(asked.source, revision=asked.revision)
+    foreign = read_foreign(checkpoint)
+    if foreign is not None:
+        # What another tool has quantized is the source of a package that holds its values.
+        checkpoint = foreign.checkpoint
     model = bind(checkpoint)
     check_context(asked.context, model.max_positions, "the source")
     return _Opened(checkpoint, model, choose_device(asked.device))
 
 
-def _runtime(target: Target, length: int) -> Runtime:
+def _runtime(target: Target, length: int) -> LoadedPackage:
     check_context(length, length, "")
     info = target.exporter
     exporter = info.load(info.default_options())
@@ -185,7 +190,7 @@ def _runtime(target: Target, length: int) -> Runtime:
     return exporter.runtime(target.path, length)
 
 
-def _check_runtimes(asked: Evaluation, runtimes: Sequence[Runtime], opened: _Opened | None) -> None:
+def _check_runtimes(asked: Evaluation, runtimes: Sequence[LoadedPackage], opened: _Opened | None) -> None:
     """Raise InputError for packages that are not of this model, or not of one model."""
     wanted = runtimes[0].n_vocab if opened is None else opened.model.dims.vocab
     whose = str(asked.package.path) if opened is None else opened.checkpoint.source
@@ -203,7 +208,7 @@ def _check_runtimes(asked: Evaluation, runtimes: Sequence[Runtime], opened: _Ope
 
 
 def _chunks(
-    asked: Evaluation, runtime: Runtime, opened: _Opened | None, watch: Watch
+    asked: Evaluation, runtime: LoadedPackage, opened: _Opened | None, watch: Watch
 ) -> tuple[Chunks, TextFacts]:
     """The chunks, and where they come from. The source's tokenizer counts before the package's."""
     tokenizer: Tokenizer = runtime
@@ -273,14 +278,14 @@ def _source_facts(opened: _Opened, watch: Watch) -> SourceFacts:
 # ---- what was found ----
 
 
-def _judged(target: Target, runtime: Runtime, score: Divergence | Likelihood) -> Judged:
+def _judged(target: Target, runtime: LoadedPackage, score: Divergence | Likelihood) -> Judged:
     package = _package_facts(target, runtime)
     if isinstance(score, Likelihood):
         return Judged(package, score.perplexity, None)
     return Judged(package, score.estimated_perplexity, score.statistics())
 
 
-def _package_facts(target: Target, runtime: Runtime) -> PackageFacts:
+def _package_facts(target: Target, runtime: LoadedPackage) -> PackageFacts:
     found = contents(target.path)
     return PackageFacts(
         name=target.path.name,

@@ -17,7 +17,7 @@ from d2qconv.continuation import Continuations
 from d2qconv.errors import InputError, PluginError
 from d2qconv.evaluate.result import TaskScore
 from d2qconv.evaluate.statistics import Estimate
-from d2qconv.export.runtime import Runtime
+from d2qconv.export.runtime import LoadedPackage
 from d2qconv.progress import Watch
 
 #: The longest prompt, in tokens, unless another length is asked for or the package takes less.
@@ -50,7 +50,7 @@ def harness_version() -> str:
     return f"lm-eval {version('lm-eval')}"
 
 
-def run_tasks(asked: TaskRun, runtime: Runtime, window: int, watch: Watch) -> list[TaskScore]:
+def run_tasks(asked: TaskRun, runtime: LoadedPackage, window: int, watch: Watch) -> list[TaskScore]:
     """Score the tasks; raises InputError for a task that does not exist or cannot be had, PluginError."""
     check_installed()
     from lm_eval.evaluator import simple_evaluate

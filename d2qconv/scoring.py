@@ -16,7 +16,7 @@ from d2qconv.errors import RunError
 from d2qconv.evaluate.chunks import Chunks
 from d2qconv.evaluate.metrics import Divergence, Likelihood
 from d2qconv.evaluate.streamed import Streamed
-from d2qconv.export.runtime import Runtime
+from d2qconv.export.runtime import LoadedPackage
 from d2qconv.progress import Watch
 
 #: Activations of the source that are held at a time, in bytes; its weights are read once for as many chunks as fit.
@@ -25,7 +25,7 @@ GROUP_BYTES = 1 << 30
 PIECE_LOGITS = 1 << 23
 
 
-def score_alone(runtimes: Sequence[Runtime], chunks: Chunks, watch: Watch) -> list[Likelihood]:
+def score_alone(runtimes: Sequence[LoadedPackage], chunks: Chunks, watch: Watch) -> list[Likelihood]:
     """What each runtime gives the true next tokens. Raises RunError for logits that are not finite."""
     watch.stage("measure", len(chunks.tokens))
     scores = [Likelihood() for _ in runtimes]
@@ -40,7 +40,7 @@ def score_alone(runtimes: Sequence[Runtime], chunks: Chunks, watch: Watch) -> li
 
 
 def score_against(
-    reference: Streamed, runtimes: Sequence[Runtime], chunks: Chunks, watch: Watch
+    reference: Streamed, runtimes: Sequence[LoadedPackage], chunks: Chunks, watch: Watch
 ) -> list[Divergence]:
     """Each runtime against the source. Raises RunError for logits that are not finite."""
     scores = [Divergence() for _ in runtimes]
@@ -60,7 +60,7 @@ def score_against(
 
 
 def _compare(
-    runtimes: Sequence[Runtime],
+    runtimes: Sequence[LoadedPackage],
     scores: Sequence[Divergence],
     reference: Streamed,
     hidden: Tensor,
@@ -78,7 +78,7 @@ def _compare(
             score.add(wanted, found[rows].to(hidden.device), targets[rows])
 
 
-def _logits(runtime: Runtime, chunks: Chunks, index: int) -> Tensor:
+def _logits(runtime: LoadedPackage, chunks: Chunks, index: int) -> Tensor:
     """f32[positions, vocab] of the judged positions of a chunk; raises RunError if they are not finite."""
     found = runtime.logits(chunks.tokens[index : index + 1].numpy(), chunks.first)[0, :-1]
     logits = torch.from_numpy(found)

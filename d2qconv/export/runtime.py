@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
         """Tokens of a text, none put around it; raises InputError."""
 
 
-class Runtime(Tokenizer, Protocol):
+class LoadedPackage(Tokenizer, Protocol):
     """A package, loaded in the program that it was written for. A context manager; used by one thread."""
 
     @property
@@ -65,7 +65,7 @@ class Runtime(Tokenizer, Protocol):
 class Evaluating(Protocol):
     """An exporter whose packages can be measured in their own runtime. Optional: `evaluate` needs it."""
 
-    def runtime(self, path: Path, length: int) -> Runtime:
+    def runtime(self, path: Path, length: int) -> LoadedPackage:
         """Load the package for sequences of `length` tokens.
 
         Raises PluginError with the pip command if the runtime is not installed, VerifyError if it refuses the package.

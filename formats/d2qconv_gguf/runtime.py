@@ -150,7 +150,7 @@ class LlamaCpp:
 
 
 class Measured:
-    """A file in llama.cpp for `evaluate`; see `d2qconv.export.runtime.Runtime`. Raises as `LlamaCpp` does.
+    """A file in llama.cpp for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `LlamaCpp` does.
 
     Texts are tokenized by llama.cpp itself, which takes no special token from their letters.
     """
@@ -170,7 +170,7 @@ class Measured:
         return self._llama.tokenize(text, parse_special=False)
 
     def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
-        """See `Runtime`; one sequence after the other."""
+        """See `LoadedPackage`; one sequence after the other."""
         return np.stack([self._llama.logits([int(token) for token in row], first) for row in tokens])
 
     def __enter__(self) -> Measured:

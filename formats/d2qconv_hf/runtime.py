@@ -55,7 +55,7 @@ def logits(dialect: str, path: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 class Measured:
-    """A folder in its dialect's runtime for `evaluate`; see `d2qconv.export.runtime.Runtime`.
+    """A folder in its dialect's runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`.
 
     Raises PluginError if a library is missing, VerifyError for what the libraries raise.
     """
@@ -86,7 +86,7 @@ class Measured:
         return self._tokenizer.encode(text)
 
     def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
-        """See `Runtime`."""
+        """See `LoadedPackage`."""
         with _as_verify_error(self._path):
             return self._run(tokens)[:, first:]
 

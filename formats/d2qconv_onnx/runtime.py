@@ -125,7 +125,7 @@ class OrtModel:
 
 
 class Measured:
-    """A package in ONNX Runtime for `evaluate`; see `d2qconv.export.runtime.Runtime`. Raises as `OrtModel` does."""
+    """A package in ONNX Runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `OrtModel`."""
 
     name = "ONNX Runtime"
     settings = "on the CPU, at the package's accuracy level"
@@ -147,7 +147,7 @@ class Measured:
         return self._tokenizer.encode(text)
 
     def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
-        """See `Runtime`."""
+        """See `LoadedPackage`."""
         return self._model.logits(tokens)[:, first:]
 
     def __enter__(self) -> Measured:

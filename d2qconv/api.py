@@ -19,11 +19,11 @@ from typing import Any
 
 from d2qconv import evaluation, pipeline
 from d2qconv.errors import InputError, RunError
-from d2qconv.evaluate.result import Evaluated, Tasked
 from d2qconv.export.base import Carrier, Check, ExporterInfo
 from d2qconv.export.discover import discover, find, for_file
 from d2qconv.harness import TaskRun
 from d2qconv.job import Also, Job, Planned
+from d2qconv.measure.result import Evaluated, Tasked
 from d2qconv.outcome import Outcome
 from d2qconv.progress import Unwatched, Watch, by_steps
 from d2qconv.run import CalibrationSpec, Recipe

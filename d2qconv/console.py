@@ -26,10 +26,10 @@ from d2qconv.run import describe
 from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
-    from d2qconv.evaluate.result import Evaluated, Tasked
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
+    from d2qconv.measure.result import Evaluated, Tasked
     from d2qconv.names import TensorId
     from d2qconv.outcome import Outcome
     from d2qconv.walk.last_pass import LastPass

@@ -1,8 +1,8 @@
 """How good is a package? Perplexity, and KL divergence from its source, in the runtime that it was written for.
 
 The package's own runtime gives its logits (`d2qconv.export.runtime`), the float reference the source's
-(`d2qconv.evaluate.streamed`), chunk by chunk of a text that is cut as llama-perplexity cuts it
-(`d2qconv.evaluate.chunks`), and `d2qconv.scoring` brings both together.
+(`d2qconv.measure.streamed`), chunk by chunk of a text that is cut as llama-perplexity cuts it
+(`d2qconv.measure.chunks`), and `d2qconv.scoring` brings both together.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ from d2qconv.calibrate.text import FolderTokenizer
 from d2qconv.calibrate.tokens import is_hub_name, read_stream
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, PluginError, RunError
-from d2qconv.evaluate.chunks import Chunks, check_context, cut
-from d2qconv.evaluate.metrics import Divergence, Likelihood, paired
-from d2qconv.evaluate.result import Evaluated, Judged, PackageFacts, SourceFacts, Tasked, TextFacts
-from d2qconv.evaluate.statistics import Estimate
-from d2qconv.evaluate.streamed import Streamed
 from d2qconv.export.base import ExporterInfo
 from d2qconv.export.contents import contents
 from d2qconv.export.manifest import file_record
@@ -39,6 +34,11 @@ from d2qconv.export.runtime import Evaluating, LoadedPackage, Tokenizer
 from d2qconv.foreign.read import read_foreign
 from d2qconv.gather import Source, read_weights
 from d2qconv.harness import WINDOW, TaskRun, check_installed, harness_version, run_tasks
+from d2qconv.measure.chunks import Chunks, check_context, cut
+from d2qconv.measure.metrics import Divergence, Likelihood, paired
+from d2qconv.measure.result import Evaluated, Judged, PackageFacts, SourceFacts, Tasked, TextFacts
+from d2qconv.measure.statistics import Estimate
+from d2qconv.measure.streamed import Streamed
 from d2qconv.pipeline import choose_device
 from d2qconv.progress import Watch
 from d2qconv.scoring import score_against, score_alone

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from d2qconv.evaluate.result import Evaluated, Judged, Tasked
-    from d2qconv.evaluate.statistics import DivergenceStatistics, Estimate
+    from d2qconv.measure.result import Evaluated, Judged, Tasked
+    from d2qconv.measure.statistics import DivergenceStatistics, Estimate
 
 #: Columns of `task_rows`.
 TASKS = ("task", "version", "shots", "samples", "metric", "value")

@@ -9,8 +9,8 @@ from d2qconv.export.base import Check, TargetPlan
 from d2qconv.export.discover import Found
 
 if TYPE_CHECKING:
-    from d2qconv.evaluate.result import Evaluated, Tasked
     from d2qconv.job import Planned
+    from d2qconv.measure.result import Evaluated, Tasked
     from d2qconv.outcome import AlsoWritten, Outcome
 
 
@@ -135,7 +135,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def evaluation_facts(found: Evaluated | None, tasked: Tasked | None) -> dict[str, Any]:
-    """What an evaluation found, as JSON: the fields of `d2qconv.evaluate.result`, those of tasks under `tasks`."""
+    """What an evaluation found, as JSON: the fields of `d2qconv.measure.result`, those of tasks under `tasks`."""
     import msgspec
 
     facts: dict[str, Any] = {} if found is None else msgspec.to_builtins(found)

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from d2qconv.continuation import Continuations
 from d2qconv.errors import InputError, PluginError
-from d2qconv.evaluate.result import TaskScore
-from d2qconv.evaluate.statistics import Estimate
 from d2qconv.export.runtime import LoadedPackage
+from d2qconv.measure.result import TaskScore
+from d2qconv.measure.statistics import Estimate
 from d2qconv.progress import Watch
 
 #: The longest prompt, in tokens, unless another length is asked for or the package takes less.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from d2qconv.errors import RunError
-from d2qconv.evaluate.chunks import Chunks
-from d2qconv.evaluate.metrics import Divergence, Likelihood
-from d2qconv.evaluate.streamed import Streamed
 from d2qconv.export.runtime import LoadedPackage
+from d2qconv.measure.chunks import Chunks
+from d2qconv.measure.metrics import Divergence, Likelihood
+from d2qconv.measure.streamed import Streamed
 from d2qconv.progress import Watch
 
 #: Activations of the source that are held at a time, in bytes; its weights are read once for as many chunks as fit.

@@ -10,9 +10,9 @@ from random_models import DIMS, as_stored, make_desc, small_source
 
 from d2qconv.calibrate.text import FolderTokenizer
 from d2qconv.errors import VerifyError
-from d2qconv.evaluate.agreement import distance
-from d2qconv.evaluate.reference import logits
 from d2qconv.export.runtime import Evaluating
+from d2qconv.measure.agreement import distance
+from d2qconv.measure.reference import logits
 from d2qconv_onnx import OnnxOptions
 from d2qconv_onnx.exporter import OnnxExporter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from d2qconv.evaluate.statistics import DivergenceStatistics, Estimate
+from d2qconv.measure.statistics import DivergenceStatistics, Estimate
 
 
 @dataclass(frozen=True)

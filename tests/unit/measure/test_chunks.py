@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2qconv.errors import InputError
-from d2qconv.evaluate.chunks import check_context, cut
+from d2qconv.measure.chunks import check_context, cut
 
 STREAM = torch.arange(100, 130)
 

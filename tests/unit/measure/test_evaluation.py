@@ -16,10 +16,10 @@ from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import InputError, PluginError, RunError
-from d2qconv.evaluate.metrics import Divergence, paired
-from d2qconv.evaluate.reference import logits
 from d2qconv.evaluation import Evaluation, Target
 from d2qconv.export.base import ExporterInfo
+from d2qconv.measure.metrics import Divergence, paired
+from d2qconv.measure.reference import logits
 from d2qconv.progress import Unwatched
 from d2qconv.testing.models import make_checkpoint
 

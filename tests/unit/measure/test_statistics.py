@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2qconv.evaluate.metrics import Divergence, Likelihood, paired
-from d2qconv.evaluate.statistics import mean, percentile, root_mean_square, share
+from d2qconv.measure.metrics import Divergence, Likelihood, paired
+from d2qconv.measure.statistics import mean, percentile, root_mean_square, share
 
 RANDOM = torch.Generator().manual_seed(0)
 P = torch.randn(60, 30, generator=RANDOM)

@@ -13,8 +13,8 @@ import pytest
 from d2qconv import harness
 from d2qconv.continuation import Continuations
 from d2qconv.errors import InputError, PluginError
-from d2qconv.evaluate.statistics import Estimate
 from d2qconv.harness import TaskRun
+from d2qconv.measure.statistics import Estimate
 from d2qconv.progress import Unwatched
 
 VOCAB = 128

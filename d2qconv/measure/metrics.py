@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2qconv.evaluate.statistics import (
+from d2qconv.measure.statistics import (
     DivergenceStatistics,
     Estimate,
     mean,

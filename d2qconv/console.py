@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 
-from d2qconv import allocation_view, import_view
+from d2qconv import allocation_view, evaluation_view, import_view
 from d2qconv.budget import Peaks, gibibytes
-from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
+from d2qconv.export.base import Check, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
-from d2qconv.facts import check_facts, exporter_facts, outcome_facts, plan_facts
+from d2qconv.facts import check_facts, evaluation_facts, exporter_facts, outcome_facts, plan_facts
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import describe
 from d2qconv.watches import BarWatch, LineWatch, duration, time_column
@@ -29,23 +29,11 @@ if TYPE_CHECKING:
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
+    from d2qconv.measure.result import Evaluated, Tasked
     from d2qconv.names import TensorId
     from d2qconv.outcome import Outcome
     from d2qconv.walk.last_pass import LastPass
     from d2qconv.walk.memory import Footprint
-
-
-def by_steps(watch: Watch, name: str) -> Progress:
-    """A progress callback (done, total, what) that tells a watch; the stage begins with the first call."""
-    totals: list[int] = []
-
-    def progress(done: int, total: int, what: str) -> None:
-        if totals != [total]:
-            totals[:] = [total]
-            watch.stage(name, total)
-        watch.step(done, what)
-
-    return progress
 
 
 class Console:
@@ -179,6 +167,19 @@ class Console:
         if not self._is_quiet:
             self._checks(checks)
         self._line(f"{path}: {len(checks) - failed} checks passed, {failed} failed")
+
+    def show_evaluation(self, path: Path, found: Evaluated | None, tasked: Tasked | None = None) -> None:
+        """How good a package is."""
+        if self._is_json:
+            self._emit({"path": str(path), **evaluation_facts(found, tasked)})
+            return
+        if not self._is_quiet and tasked is not None:
+            self._table(evaluation_view.TASKS, evaluation_view.task_rows(tasked))
+            self._line()
+        if not self._is_quiet and found is not None:
+            self._pairs(evaluation_view.pairs(found))
+            self._line()
+        self._line(f"{path}: {evaluation_view.summary(found, tasked)}")
 
     def show_facts(self, path: Path, facts: Mapping[str, Any]) -> None:
         """What `inspect` found."""

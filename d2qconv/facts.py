@@ -10,6 +10,7 @@ from d2qconv.export.discover import Found
 
 if TYPE_CHECKING:
     from d2qconv.job import Planned
+    from d2qconv.measure.result import Evaluated, Tasked
     from d2qconv.outcome import AlsoWritten, Outcome
 
 
@@ -131,3 +132,11 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
             "disk_bytes": outcome.footprint.disk_bytes,
         },
     }
+
+
+def evaluation_facts(found: Evaluated | None, tasked: Tasked | None) -> dict[str, Any]:
+    """What an evaluation found, as JSON: the fields of `d2qconv.measure.result`, those of tasks under `tasks`."""
+    import msgspec
+
+    facts: dict[str, Any] = {} if found is None else msgspec.to_builtins(found)
+    return facts | ({} if tasked is None else {"tasks": msgspec.to_builtins(tasked)})

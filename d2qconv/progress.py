@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -29,3 +30,16 @@ class Unwatched:
 
     def note(self, text: str) -> None:
         """Ignored."""
+
+
+def by_steps(watch: Watch, name: str) -> Callable[[int, int, str], None]:
+    """A progress callback (done, total, what) that tells a watch; the stage begins with the first call."""
+    totals: list[int] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        if totals != [total]:
+            totals[:] = [total]
+            watch.stage(name, total)
+        watch.step(done, what)
+
+    return progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,9 @@ def load_tokens(
             model, wanted, spec.length, bos=bos, seed=spec.seed, device=device, on_token=on_step
         )
     else:
-        rows = _cut(_read_stream(spec, checkpoint, wanted), spec, wanted, bos_token(checkpoint, model))
+        # A text is read only as far as it may be needed.
+        stream = read_stream(spec.source, lambda: encoder(checkpoint), most=4 * wanted * spec.length)
+        rows = _cut(stream, spec, wanted, bos_token(checkpoint, model))
     if int(rows.max()) >= model.dims.vocab or int(rows.min()) < 0:
         raise InputError(
             f"token {int(rows.max())} is outside the vocabulary of {model.dims.vocab}", where=spec.source
@@ -113,7 +115,7 @@ def check_spec(spec: CalibrationSpec, model: ModelDesc) -> None:
             todo=f"use --length {model.max_positions} or less",
         )
     is_file = Path(spec.source).exists()
-    if spec.source != "self" and not is_file and not _is_hub_name(spec.source):
+    if spec.source != "self" and not is_file and not is_hub_name(spec.source):
         raise InputError(
             "no such file, and not the name of a hub data set (org/name[:split])",
             where=f"--calibration {spec.source}",
@@ -121,10 +123,15 @@ def check_spec(spec: CalibrationSpec, model: ModelDesc) -> None:
 
 
 def bos_token(checkpoint: Checkpoint, model: ModelDesc) -> int | None:
+    """The BOS token if the tokenizer puts one in front of a text, else None; see `text_start`."""
+    return text_start(checkpoint, n_vocab=model.dims.vocab, bos_ids=model.bos_ids)
+
+
+def text_start(checkpoint: Checkpoint, *, n_vocab: int, bos_ids: Sequence[int]) -> int | None:
     """The BOS token if the tokenizer puts one in front of a text, else None; see `d2qconv.checkpoint.special`.
 
-    Its id is the one that the tokenizer's files name; a checkpoint without a tokenizer has that of config.json.
-    Raises InputError if the model has no embedding for it.
+    Its id is the one that the tokenizer's files name; a checkpoint without a tokenizer has that of config.json,
+    `bos_ids`. Raises InputError if the model, of `n_vocab` tokens, has no embedding for it.
     """
     path, parsed = checkpoint.file("tokenizer.json"), checkpoint.json("tokenizer.json")
     model_path = checkpoint.file("tokenizer.model")
@@ -136,40 +143,46 @@ def bos_token(checkpoint: Checkpoint, model: ModelDesc) -> int | None:
         by_text |= {token.text: token.id for token in added_tokens(checkpoint, None)}
         ids = special_ids(checkpoint, by_text)
     else:
-        ids = {"bos": model.bos_ids[0]} if model.bos_ids else {}
+        ids = {"bos": bos_ids[0]} if bos_ids else {}
     if not ends(checkpoint, parsed, ids).bos:
         return None
-    if ids["bos"] >= model.dims.vocab:
+    if ids["bos"] >= n_vocab:
         raise InputError(
-            f"its BOS is token {ids['bos']}, and the model has {model.dims.vocab} embedding rows",
+            f"its BOS is token {ids['bos']}, and the model has {n_vocab} embedding rows",
             where=checkpoint.source,
             todo="use the tokenizer that belongs to this checkpoint",
         )
     return ids["bos"]
 
 
-def _is_hub_name(source: str) -> bool:
+def is_hub_name(source: str) -> bool:
+    """Whether it may be a data set of the hub, `org/name[:split]`."""
     name = source.partition(":")[0]
     return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
 
 
-def _read_stream(spec: CalibrationSpec, checkpoint: Checkpoint, wanted: int) -> Tensor:
-    """All tokens of the source as one i64[n]; a text is read only as far as it may be needed."""
-    path = Path(spec.source)
+def read_stream(
+    source: str, encoder: Callable[[], Callable[[str], Sequence[int]]], *, most: int | None = None
+) -> Tensor:
+    """All tokens of a text, JSONL or token file, or of a hub data set, as one i64[n]; raises InputError, PluginError.
+
+    A text file is tokenized as a whole; the texts of the others one by one, each with an empty line behind it, until
+    there are `most` tokens. encoder: makes what turns a text into tokens; not called for a token file.
+    """
+    path = Path(source)
     if path.suffix in (".npy", ".safetensors"):
         return _read_token_file(path)
-    encode = _encoder(checkpoint)
+    encode = encoder()
     if not path.exists():
-        texts = _hub_texts(spec.source)
+        texts = _hub_texts(source)
     elif path.suffix == ".jsonl":
         texts = _jsonl_texts(path)
     else:
         return torch.tensor(encode(_read_text(path)), dtype=torch.int64)
     ids: list[int] = []
-    enough = 4 * wanted * spec.length
     for text in texts:
         ids += encode(text + "\n\n")
-        if len(ids) >= enough:
+        if most is not None and len(ids) >= most:
             break
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -195,7 +208,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the calibration text cannot be read: {error}", where=str(path)) from error
+        raise InputError(f"the text cannot be read: {error}", where=str(path)) from error
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
@@ -217,7 +230,7 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8", newline="\n") as stream:
             yield from stream
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the calibration text cannot be read: {error}", where=str(path)) from error
+        raise InputError(f"the text cannot be read: {error}", where=str(path)) from error
 
 
 def _only_tensor(path: Path) -> NDArray[Any]:
@@ -263,8 +276,8 @@ def _hub_texts(source: str) -> Iterator[str]:
         raise InputError(f"the data set cannot be read: {error}", where=source) from error
 
 
-def _encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
-    """Text → token ids without special tokens, by the checkpoint's own tokenizer."""
+def encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
+    """Text → token ids without special tokens, by the checkpoint's own tokenizer; raises InputError."""
     path = checkpoint.file("tokenizer.json")
     if path is not None:
         tokenizer = _tokenizer(path)
@@ -276,7 +289,7 @@ def _encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     raise InputError(
         "the checkpoint has no tokenizer.json or tokenizer.model, so a text cannot be tokenized",
         where=checkpoint.source,
-        todo="calibrate with --calibration self or a token file (.npy)",
+        todo="use a token file (.npy), or to calibrate --calibration self",
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from cyclopts import App
 
 from d2qconv.commands.parameters import TALK, File, Format, ReportOptions
-from d2qconv.console import Console, by_steps
+from d2qconv.console import Console
 from d2qconv.errors import InputError, VerifyError
 from d2qconv.export.base import ExporterInfo
 from d2qconv.export.discover import Found, find, for_file
+from d2qconv.progress import by_steps
 
 
 def add(app: App, found: Collection[Found], console: Console) -> None:

@@ -91,7 +91,7 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
     strange = [path.name for path in paths if not _is_regular(path)]
     if strange:
         raise ExportError(f"the exporter wrote no regular files: {_listed(strange)}", where=str(folder))
-    return {path.name: _record(path) for path in paths}
+    return {path.name: file_record(path) for path in paths}
 
 
 def files_check(folder: Path, manifest: Manifest) -> Check:
@@ -104,7 +104,7 @@ def files_check(folder: Path, manifest: Manifest) -> Check:
         wrong = [
             name
             for name, record in manifest.files.items()
-            if name not in there or not _is_regular(folder / name) or _record(folder / name) != record
+            if name not in there or not _is_regular(folder / name) or file_record(folder / name) != record
         ]
     except OSError as error:
         raise VerifyError(f"cannot be read: {error.strerror}", where=str(folder)) from error
@@ -120,7 +120,8 @@ def _is_regular(path: Path) -> bool:
     return stat.S_ISREG(path.lstat().st_mode)
 
 
-def _record(path: Path) -> FileRecord:
+def file_record(path: Path) -> FileRecord:
+    """Size and digest of a file; raises OSError."""
     sha, n_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):

@@ -19,13 +19,13 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.tokens import CalibrationTokens
 from d2qconv.decoder.block import Block, Ends, build_block, read_block, rms_norm
 from d2qconv.errors import RunError
-from d2qconv.evaluate.metrics import Divergence
 from d2qconv.export.base import TargetPlan
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rules import ShiftIntoWeights
 from d2qconv.ir.block import QuantizedBlock
 from d2qconv.ir.coded import Held, decoded
 from d2qconv.ir.importance import Importance
+from d2qconv.measure.metrics import Divergence
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.precision import tensor_cores
 from d2qconv.progress import Watch

@@ -59,7 +59,7 @@ from d2qconv_gguf.names import (
     layout_refusals,
     loadable,
 )
-from d2qconv_gguf.runtime import LlamaCpp
+from d2qconv_gguf.runtime import LlamaCpp, Measured
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
 from d2qconv_gguf.type_map import TypeMap
 from d2qconv_gguf.verify import require_same_function, verify_file
@@ -248,6 +248,10 @@ class GgufExporter:
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Check a written file with gguf-py and llama.cpp; see `Exporter`."""
         return verify_file(path, progress)
+
+    def runtime(self, path: Path, length: int) -> Measured:
+        """The package in llama.cpp; see `Evaluating`."""
+        return Measured(path, length)
 
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the file, in llama.cpp; see `Sampler`."""

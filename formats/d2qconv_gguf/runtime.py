@@ -2,6 +2,7 @@
 
 llama.cpp's CPU kernels round activations to 8 bits for quantized weights and to f16 for f16 weights, so its logits
 are near those of a float reference and never equal. The KV cache is kept in f32 here, and flash attention is off.
+`Measured` is the same as `evaluate` asks for it.
 """
 
 from __future__ import annotations
@@ -85,13 +86,25 @@ class LlamaCpp:
         """Text of tokens, special ones spelled out."""
         return str(self._vocab.detokenize(list(tokens), unparse_special=True))
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Logits after each token of one sequence, f32[n_tokens, vocab]."""
-        if not 0 < len(tokens) <= self.n_context:
-            raise ValueError(f"{len(tokens)} tokens in a context of {self.n_context}")
+    @property
+    def is_bos_added(self) -> bool:
+        """Whether the file asks for BOS before a text."""
+        return bool(self._vocab.get_add_bos())
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that the model was made for, as the file says."""
+        return int(self._model.n_ctx_train)
+
+    def logits(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """Logits after each token of one sequence from position `first` on, f32[n_tokens - first, vocab]."""
+        if not 0 <= first < len(tokens) <= self.n_context:
+            raise ValueError(f"{len(tokens)} tokens from {first} on in a context of {self.n_context}")
         self._context.kv_cache_clear()
-        self._decode(tokens, 0, is_all=True)
-        rows = [np.array(self._context.get_logits_ith(i), dtype=np.float32) for i in range(len(tokens))]
+        self._decode(tokens, 0, first)
+        rows = [
+            np.array(self._context.get_logits_ith(i), dtype=np.float32) for i in range(first, len(tokens))
+        ]
         return np.stack(rows)
 
     def sample(self, tokens: Sequence[int], n: int, seed: int | None = None) -> list[int]:
@@ -101,11 +114,11 @@ class LlamaCpp:
         """
         rng = np.random.default_rng(seed)
         self._context.kv_cache_clear()
-        self._decode(tokens, 0, is_all=False)
+        self._decode(tokens, 0, len(tokens) - 1)
         made: list[int] = []
         while len(made) < n:
             if made:
-                self._decode(made[-1:], len(tokens) + len(made) - 1, is_all=False)
+                self._decode(made[-1:], len(tokens) + len(made) - 1, 0)
             logits = np.array(self._context.get_logits_ith(-1), dtype=np.float64)
             made.append(int(logits.argmax()) if seed is None else _draw(logits, rng))
         return made
@@ -125,15 +138,48 @@ class LlamaCpp:
         params.flash_attn_type = 0
         return params
 
-    def _decode(self, tokens: Sequence[int], start: int, *, is_all: bool) -> None:
-        """Run tokens at positions start…; logits of all of them, or of the last alone."""
+    def _decode(self, tokens: Sequence[int], start: int, first: int) -> None:
+        """Run tokens at positions start…; logits of those from number `first` on."""
         batch = self._api.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
         for i, token in enumerate(tokens):
-            batch.add(int(token), start + i, [0], is_all or i == len(tokens) - 1)
+            batch.add(int(token), start + i, [0], i >= first)
         try:
             self._context.decode(batch)
         except (ValueError, RuntimeError) as error:
             raise VerifyError(f"llama.cpp cannot run it: {error}") from error
+
+
+class Measured:
+    """A file in llama.cpp for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `LlamaCpp` does.
+
+    Texts are tokenized by llama.cpp itself, which takes no special token from their letters.
+    """
+
+    name = "llama.cpp"
+    settings = "on the CPU, f32 KV cache, no flash attention"
+
+    def __init__(self, path: Path, length: int) -> None:
+        self._llama = LlamaCpp(path, n_context=length)
+        self.version = LlamaCpp.version()
+        self.n_vocab = self._llama.n_vocab
+        self.max_length = self._llama.max_length
+        self.bos = self._llama.bos if self._llama.is_bos_added else None
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return self._llama.tokenize(text, parse_special=False)
+
+    def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
+        """See `LoadedPackage`; one sequence after the other."""
+        return np.stack([self._llama.logits([int(token) for token in row], first) for row in tokens])
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._llama.__exit__(kind, error, trace)
 
 
 def _draw(logits: np.ndarray, rng: np.random.Generator) -> int:
@@ -143,7 +189,7 @@ def _draw(logits: np.ndarray, rng: np.random.Generator) -> int:
 
 def _import() -> Any:
     if not is_installed():
-        raise PluginError("the runtime check needs cyllama", todo="pip install 'd2qconv[verify]'")
+        raise PluginError("llama.cpp is not installed (cyllama)", todo="pip install 'd2qconv[verify]'")
     from cyllama.llama import llama_cpp
 
     llama_cpp.disable_logging()

@@ -12,9 +12,9 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
-from d2qconv.evaluate.agreement import distance
-from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
+from d2qconv.measure.agreement import distance
+from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.threads import each
 from d2qconv_gguf.container import GgufFile, StoredTensor, read
 from d2qconv_gguf.ggml_types import NEEDS, NewerType

@@ -47,6 +47,7 @@ from d2qconv_hf.dialects.base import Content, Dialect, Scheme
 from d2qconv_hf.dialects.compressed_tensors import CompressedTensors
 from d2qconv_hf.dialects.gptq import AutoRound, Gptq
 from d2qconv_hf.dialects.mlx import Mlx
+from d2qconv_hf.runtime import Measured
 from d2qconv_hf.verify import EXACT, PRODUCTS, verify_folder
 from d2qconv_hf.weights import Weights, module_name, stored_name
 
@@ -121,6 +122,10 @@ class HfExporter:
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Decode with a reader of its own, then compare with the dialect's runtime; see `Exporter`."""
         return verify_folder(path, self.dialect.facts, progress)
+
+    def runtime(self, path: Path, length: int) -> Measured:  # noqa: ARG002 these take any length
+        """The package in its dialect's runtime; see `Evaluating`."""
+        return Measured(self.dialect.facts.name, path)
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """The manifest's facts; see `Exporter`."""

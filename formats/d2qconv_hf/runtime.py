@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from d2qconv.errors import VerifyError
+from d2qconv.calibrate.text import FolderTokenizer
+from d2qconv.checkpoint.folder import read_json
+from d2qconv.errors import PluginError, VerifyError
 
 #: Distributions that must be there to load a dialect.
 NEEDS = {
@@ -22,6 +25,8 @@ NEEDS = {
     "gptq": ("transformers", "optimum", "gptqmodel"),
     "mlx": ("mlx-lm",),
 }
+#: How to install that, by dialect; '' for all others.
+_PIP = {"": "pip install 'd2qconv[verify-safetensors]'", "gptq": "pip install transformers optimum gptqmodel"}
 
 
 def missing(dialect: str) -> str:
@@ -44,20 +49,84 @@ def _is_installed(name: str) -> bool:
 
 
 def logits(dialect: str, path: Path, tokens: np.ndarray) -> np.ndarray:
-    """f32[n_seq, length, vocab] of i64[n_seq, length] in the dialect's runtime; raises VerifyError.
+    """f32[n_seq, length, vocab] of i64[n_seq, length] in the dialect's runtime; raises VerifyError."""
+    with _as_verify_error(path):
+        return _load(dialect, path)(tokens)
 
-    Nothing that comes with a package is executed.
+
+class Measured:
+    """A folder in its dialect's runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`.
+
+    Raises PluginError if a library is missing, VerifyError for what the libraries raise.
     """
+
+    settings = "on the CPU, in f32"
+
+    def __init__(self, dialect: str, path: Path) -> None:
+        absent = missing(dialect)
+        if absent:
+            raise PluginError(absent, where=str(path), todo=_PIP.get(dialect, _PIP[""]))
+        config = path / "config.json"
+        self.name = "mlx-lm" if dialect == "mlx" else "transformers"
+        self.version = versions(dialect)
+        self.n_vocab = _count(config, "vocab_size")
+        self.max_length = _count(config, "max_position_embeddings")
+        self._path = path
+        self._tokenizer = FolderTokenizer.of(path, self.n_vocab)
+        with _as_verify_error(path):
+            self._run: Callable[[np.ndarray], np.ndarray] = _load(dialect, path)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that is put before every text."""
+        return self._tokenizer.bos
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return self._tokenizer.encode(text)
+
+    def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
+        """See `LoadedPackage`."""
+        with _as_verify_error(self._path):
+            return self._run(tokens)[:, first:]
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._run
+
+
+def _count(config: Path, key: str) -> int:
+    """A number above 0 of a config.json; raises VerifyError."""
+    found = read_json(config).get(key)
+    if not isinstance(found, int) or found < 1:
+        raise VerifyError(f"{key} is {found!r}, not a number above 0", where=str(config))
+    return found
+
+
+@contextmanager
+def _as_verify_error(path: Path) -> Iterator[None]:
+    """What these libraries raise, which is whatever their parts throw; their own output is kept back."""
     try:
         with _quiet():
-            return _mlx(path, tokens) if dialect == "mlx" else _transformers(path, tokens)
-    # These libraries raise whatever their parts throw.
+            yield
     except Exception as error:
         said = " ".join(str(error).split())[-300:]
         raise VerifyError(f"{type(error).__name__}: {said}", where=str(path)) from error
 
 
-def _transformers(path: Path, tokens: np.ndarray) -> np.ndarray:
+def _load(dialect: str, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Load a package; gives what makes f32[n_seq, length, vocab] of i64[n_seq, length].
+
+    Nothing that comes with a package is executed.
+    """
+    return _mlx(path) if dialect == "mlx" else _transformers(path)
+
+
+def _transformers(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -71,19 +140,22 @@ def _transformers(path: Path, tokens: np.ndarray) -> np.ndarray:
     }
     if bad:
         raise VerifyError(f"transformers did not take every tensor: {bad}")
-    with torch.inference_mode():
-        found = model.eval()(torch.from_numpy(tokens)).logits
-    return np.asarray(found.float().numpy(), dtype=np.float32)
+    model.eval()
+
+    def run(tokens: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(model(torch.from_numpy(tokens)).logits.float().numpy(), dtype=np.float32)
+
+    return run
 
 
-def _mlx(path: Path, tokens: np.ndarray) -> np.ndarray:
+def _mlx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
     model, _ = load_model(path, lazy=False, strict=True)
     model.set_dtype(mx.float32)
-    found = model(mx.array(tokens)).astype(mx.float32)
-    return np.array(found)
+    return lambda tokens: np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import torch
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import VerifyError
-from d2qconv.evaluate.agreement import distance
-from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
 from d2qconv.export.manifest import Manifest, files_check, read_manifest
 from d2qconv.export.planned import digest
+from d2qconv.measure.agreement import distance
+from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.threads import each
 from d2qconv_hf import runtime
 from d2qconv_hf.container import open_folder

@@ -45,7 +45,7 @@ from d2qconv_onnx import OnnxOptions, genai, types
 from d2qconv_onnx.data import DATA, write_data
 from d2qconv_onnx.graph import Settings, build
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN, stored_name
-from d2qconv_onnx.runtime import genai_sample, lacks
+from d2qconv_onnx.runtime import Measured, genai_sample, lacks
 from d2qconv_onnx.verify import verify_folder
 
 RULES = OverrideOption("tensor-type", tuple(types.BITS), "int4")
@@ -133,6 +133,10 @@ class OnnxExporter:
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Decode with a reader of its own, then run in ONNX Runtime and GenAI; see `Exporter`."""
         return verify_folder(path, progress)
+
+    def runtime(self, path: Path, length: int) -> Measured:  # noqa: ARG002 a session takes any length
+        """The package in ONNX Runtime; see `Evaluating`."""
+        return Measured(path)
 
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the package, in ONNX Runtime GenAI; see `Sampler`."""

@@ -11,14 +11,17 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import onnx
 
+from d2qconv.calibrate.text import FolderTokenizer
 from d2qconv.errors import PluginError, VerifyError
 from d2qconv.threads import n_cores
 from d2qconv_onnx.container import Container, open_model
+from d2qconv_onnx.genai_reader import read_config
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 #: The runtime's own messages go to the standard error from this severity on: 4 is fatal.
@@ -119,6 +122,41 @@ class OrtModel:
                 f"ONNX Runtime does not run it: {_said(error)}", where=str(self._path)
             ) from error
         return found
+
+
+class Measured:
+    """A package in ONNX Runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `OrtModel`."""
+
+    name = "ONNX Runtime"
+    settings = "on the CPU, at the package's accuracy level"
+
+    def __init__(self, folder: Path) -> None:
+        self._model = OrtModel(folder)
+        self.version = f"onnxruntime {installed('onnxruntime')}"
+        about = read_config(folder).model
+        self.n_vocab, self.max_length = about.vocab_size, about.context_length
+        self._tokenizer = FolderTokenizer.of(folder, self.n_vocab)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that is put before every text."""
+        return self._tokenizer.bos
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return self._tokenizer.encode(text)
+
+    def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
+        """See `LoadedPackage`."""
+        return self._model.logits(tokens)[:, first:]
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._model
 
 
 def genai_greedy(folder: Path, prompt: Sequence[int], n_new: int) -> list[int]:

@@ -12,10 +12,10 @@ import torch
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
-from d2qconv.evaluate.agreement import distance
-from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
 from d2qconv.export.manifest import Manifest, files_check, read_manifest
+from d2qconv.measure.agreement import distance
+from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.threads import each
 from d2qconv_onnx.container import Container, open_model
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN

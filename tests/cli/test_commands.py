@@ -17,7 +17,7 @@ from d2qconv.export.discover import discover
 from d2qconv.options import Calibration, Method
 from d2qconv.run import CalibrationSpec, Recipe
 
-COMMANDS = ("plan", "verify", "inspect", "exporters", "demo", "to-fake", "to-gguf")
+COMMANDS = ("plan", "verify", "inspect", "evaluate", "exporters", "demo", "to-fake", "to-gguf")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,7 +39,17 @@ def test_every_option_has_help(command):
 
 def test_root_help_lists_commands_and_exit_codes(d2q):
     out = d2q("--help").out
-    for text in ("to-gguf", "plan", "verify", "inspect", "exporters", "demo", "--version", "Exit codes:"):
+    for text in (
+        "to-gguf",
+        "plan",
+        "verify",
+        "inspect",
+        "evaluate",
+        "exporters",
+        "demo",
+        "--version",
+        "Exit codes:",
+    ):
         assert text in out
     for error in (InputError, VerifyError):
         assert f"  {error.exit_code}    " in out

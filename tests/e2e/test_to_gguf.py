@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 import d2qconv
 from d2qconv.cli import main
-from d2qconv.evaluate.reference import logits
+from d2qconv.measure.reference import logits
 from d2qconv.testing.models import make_checkpoint
 from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.reader import read_model

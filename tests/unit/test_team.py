@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from d2qconv.calibrate.statistics import InputAccumulator
 from d2qconv.errors import InputError, RunError
-from d2qconv.evaluate.metrics import Divergence
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.store import Store
+from d2qconv.measure.metrics import Divergence
 from d2qconv.names import Role, TensorId
 from d2qconv.quant.dac import ShiftAccumulator
 from d2qconv.quant.dsq import SCALE, ColumnScaled, split

@@ -30,7 +30,6 @@ from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import load_block, load_ends
 from d2qconv.errors import PlanError
-from d2qconv.evaluate.metrics import Divergence
 from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan, type_name
 from d2qconv.fold import rotation
 from d2qconv.grids.affine import AffineGrid
@@ -38,6 +37,7 @@ from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded, decoded
 from d2qconv.ir.model import Stored
 from d2qconv.ir.store import Store
+from d2qconv.measure.metrics import Divergence
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.progress import Unwatched
 from d2qconv.run import Recipe, check_recipe

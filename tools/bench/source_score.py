@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.evaluate.reference import logits as reference_logits
+from d2qconv.measure.reference import logits as reference_logits
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]

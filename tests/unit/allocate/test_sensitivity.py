@@ -12,8 +12,8 @@ from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import load_block, load_ends
-from d2qconv.evaluate.reference import logits
 from d2qconv.ir.coded import decoded
+from d2qconv.measure.reference import logits
 from d2qconv.names import Role, TensorId
 from d2qconv.quant.sweep import round_to_nearest
 from d2qconv.run import Recipe

@@ -120,7 +120,7 @@ def test_self_samples_are_seeded_and_from_the_model(checkpoint, model):
     got = load(spec, checkpoint, model, seen.append)
     assert seen == list(range(1, 24))
     assert load(spec, checkpoint, model).digest == got.digest
-    from d2qconv.evaluate.reference import logits
+    from d2qconv.measure.reference import logits
 
     log_p = logits(model, got.calibration).log_softmax(-1)[:, :-1]
     chosen = log_p.gather(-1, got.calibration[:, 1:, None]).mean()

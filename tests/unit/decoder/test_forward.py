@@ -11,7 +11,7 @@ from d2qconv.arch.spec import Rope
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import Past, load_block, load_ends
 from d2qconv.decoder.rope import attention_factor, cos_sin, inverse_frequencies, rotate
-from d2qconv.evaluate.reference import logits
+from d2qconv.measure.reference import logits
 from d2qconv.testing.models import make_checkpoint
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}

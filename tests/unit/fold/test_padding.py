@@ -19,9 +19,9 @@ from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import load_block, load_ends
 from d2qconv.errors import PlanError
-from d2qconv.evaluate.reference import logits
 from d2qconv.fold.padding import check, padded
 from d2qconv.fold.rotation import Rotation, rotated
+from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.testing.models import make_checkpoint
 

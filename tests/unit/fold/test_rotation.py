@@ -20,8 +20,8 @@ from d2qconv.arch.spec import Dim, Site
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import PlanError
-from d2qconv.evaluate.reference import logits
 from d2qconv.fold.rotation import Rotation, check, hadamard, rotated, walsh
+from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.testing.models import make_checkpoint
 

@@ -11,11 +11,11 @@ from gguf_models import PLAIN, PROVENANCE, make_desc, write
 
 from d2qconv.arch.spec import Dims, Padding
 from d2qconv.checkpoint.dense import Dense
-from d2qconv.evaluate.reference import logits
 from d2qconv.export.base import Carrier, FloatType, silent
 from d2qconv.fold.padding import padded
 from d2qconv.ir.importance import Importance
 from d2qconv.ir.model import QuantizedModel
+from d2qconv.measure.reference import logits
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions, imatrix, widths, zeros
 from d2qconv_gguf.container import read

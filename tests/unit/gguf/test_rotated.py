@@ -8,9 +8,9 @@ import pytest
 import torch
 from gguf_models import FAST, PLAIN, make_desc, write
 
-from d2qconv.evaluate.reference import logits
 from d2qconv.export.base import Carrier, silent
 from d2qconv.fold.rotation import Rotation, rotated
+from d2qconv.measure.reference import logits
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf.container import read

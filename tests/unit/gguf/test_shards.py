@@ -12,8 +12,8 @@ import torch
 from gguf_models import FAST, make_desc, write
 
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.evaluate.reference import logits
 from d2qconv.export.base import silent
+from d2qconv.measure.reference import logits
 from d2qconv_gguf import exporter, shards
 from d2qconv_gguf.container import read
 from d2qconv_gguf.exporter import GgufExporter

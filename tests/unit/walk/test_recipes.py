@@ -12,12 +12,12 @@ from d2qconv.calibrate.tokens import CalibrationTokens
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import Block, load_block, load_ends
-from d2qconv.evaluate.reference import logits
 from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.store import Store
+from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.progress import Unwatched
 from d2qconv.quant.dac import ShiftAccumulator

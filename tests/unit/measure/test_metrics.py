@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from d2qconv.evaluate.metrics import Divergence
+from d2qconv.measure.metrics import Divergence
 
 
 def test_against_the_definition():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -220,6 +223,24 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"the calibration text cannot be read: {error}", where=str(path)) from error
 
 
+def _array(path: Path) -> NDArray[Any]:
+    """The array of a .npy file; raises ValueError, OSError.
+
+    numpy's own loader allocates what the header announces before it looks for the values, and takes a .npz as well.
+    """
+    headers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+    with path.open("rb") as stream:
+        version = read_magic(stream)
+        if version not in headers:
+            raise ValueError(f"version {version}")
+        shape, is_fortran, dtype = headers[version](stream)
+        there = os.fstat(stream.fileno()).st_size - stream.tell()
+        if dtype.hasobject or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != there:
+            raise ValueError(f"{there} bytes are no {shape} of {dtype}")
+        array = np.fromfile(stream, dtype, math.prod(shape))
+    return array.reshape(shape, order="F" if is_fortran else "C")
+
+
 def _only_tensor(path: Path) -> NDArray[Any]:
     """The tensor of a .safetensors that holds one; raises ValueError."""
     from safetensors import SafetensorError
@@ -227,7 +248,8 @@ def _only_tensor(path: Path) -> NDArray[Any]:
 
     try:
         (array,) = load_file(path).values()
-    except SafetensorError as error:
+    # The library has no error of its own for a dtype that numpy lacks.
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(str(error)) from error
     return array
 
@@ -235,10 +257,10 @@ def _only_tensor(path: Path) -> NDArray[Any]:
 def _read_token_file(path: Path) -> Tensor:
     """A .npy of integers, or a .safetensors whose only tensor is one; any shape, read in order."""
     try:
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _only_tensor(path)
-    except (OSError, ValueError, EOFError) as error:
+        array = _array(path) if path.suffix == ".npy" else _only_tensor(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            "not a token file",
+            f"not a token file: {error}",
             where=str(path),
             todo="give a .npy of integers, or a .safetensors with one such tensor",
         ) from error

@@ -134,8 +134,7 @@ def bos_token(checkpoint: Checkpoint, model: ModelDesc) -> int | None:
     if path is not None:
         ids = special_ids(checkpoint, _tokenizer(path).get_vocab(with_added_tokens=True))
     elif model_path is not None:
-        processor = _sentencepiece(model_path)
-        by_text = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+        by_text = _pieces(model_path)
         by_text |= {token.text: token.id for token in added_tokens(checkpoint, None)}
         ids = special_ids(checkpoint, by_text)
     else:
@@ -233,7 +232,11 @@ def _array(path: Path) -> NDArray[Any]:
         version = read_magic(stream)
         if version not in headers:
             raise ValueError(f"version {version}")
-        shape, is_fortran, dtype = headers[version](stream)
+        try:
+            shape, is_fortran, dtype = headers[version](stream)
+        # The header is Python text, and numpy lets out what Python's tokenizer raises.
+        except Exception as error:
+            raise ValueError(f"a header that is none: {error}") from error
         there = os.fstat(stream.fileno()).st_size - stream.tell()
         if dtype.hasobject or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != there:
             raise ValueError(f"{there} bytes are no {shape} of {dtype}")
@@ -290,16 +293,30 @@ def _encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     path = checkpoint.file("tokenizer.json")
     if path is not None:
         tokenizer = _tokenizer(path)
-        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return _guarded(path, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
     path = checkpoint.file("tokenizer.model")
     if path is not None:
         processor = _sentencepiece(path)
-        return lambda text: list(processor.encode(text))
+        return _guarded(path, lambda text: list(processor.encode(text)))
     raise InputError(
         "the checkpoint has no tokenizer.json or tokenizer.model, so a text cannot be tokenized",
         where=checkpoint.source,
         todo="calibrate with --calibration self or a token file (.npy)",
     )
+
+
+def _guarded(path: Path, encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """A tokenizer that was read may still stop at a text, with an error of its library's."""
+
+    def guarded(text: str) -> list[int]:
+        try:
+            return encode(text)
+        except Exception as error:
+            raise InputError(
+                f"the tokenizer cannot encode a text: {error}", where=str(path), todo="fetch the file again"
+            ) from error
+
+    return guarded
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -309,9 +326,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        raise InputError(
-            f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
-        ) from error
+        raise _unreadable(path, error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -323,6 +338,20 @@ def _sentencepiece(path: Path) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _pieces(path: Path) -> dict[str, int]:
+    """Every piece of a SentencePiece model and its id."""
+    processor = _sentencepiece(path)
+    try:
+        return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    # The library does not look at the texts before they are asked for.
+    except (UnicodeDecodeError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
+    )

@@ -161,6 +161,7 @@ def npy(dtype, shape):
         ("bad.safetensors", b"\x00\x01", "not a token file"),
         ("zip.npy", b"PK\x03\x04", "not a token file"),
         ("huge.npy", npy("<i8", "(1000000000000,)"), "not a token file"),
+        ("open.npy", npy("<i8", "(8,"), "not a token file"),
         ("negative.npy", npy("<i8", "(-8, -8)"), "not a token file"),
     ],
 )

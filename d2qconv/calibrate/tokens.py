@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -138,8 +141,7 @@ def text_start(checkpoint: Checkpoint, *, n_vocab: int, bos_ids: Sequence[int]) 
     if path is not None:
         ids = special_ids(checkpoint, _tokenizer(path).get_vocab(with_added_tokens=True))
     elif model_path is not None:
-        processor = _sentencepiece(model_path)
-        by_text = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+        by_text = _pieces(model_path)
         by_text |= {token.text: token.id for token in added_tokens(checkpoint, None)}
         ids = special_ids(checkpoint, by_text)
     else:
@@ -233,6 +235,28 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"the text cannot be read: {error}", where=str(path)) from error
 
 
+def _array(path: Path) -> NDArray[Any]:
+    """The array of a .npy file; raises ValueError, OSError.
+
+    numpy's own loader allocates what the header announces before it looks for the values, and takes a .npz as well.
+    """
+    headers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+    with path.open("rb") as stream:
+        version = read_magic(stream)
+        if version not in headers:
+            raise ValueError(f"version {version}")
+        try:
+            shape, is_fortran, dtype = headers[version](stream)
+        # The header is Python text, and numpy lets out what Python's tokenizer raises.
+        except Exception as error:
+            raise ValueError(f"a header that is none: {error}") from error
+        there = os.fstat(stream.fileno()).st_size - stream.tell()
+        if dtype.hasobject or min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != there:
+            raise ValueError(f"{there} bytes are no {shape} of {dtype}")
+        array = np.fromfile(stream, dtype, math.prod(shape))
+    return array.reshape(shape, order="F" if is_fortran else "C")
+
+
 def _only_tensor(path: Path) -> NDArray[Any]:
     """The tensor of a .safetensors that holds one; raises ValueError."""
     from safetensors import SafetensorError
@@ -240,7 +264,8 @@ def _only_tensor(path: Path) -> NDArray[Any]:
 
     try:
         (array,) = load_file(path).values()
-    except SafetensorError as error:
+    # The library has no error of its own for a dtype that numpy lacks.
+    except (SafetensorError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(str(error)) from error
     return array
 
@@ -248,10 +273,10 @@ def _only_tensor(path: Path) -> NDArray[Any]:
 def _read_token_file(path: Path) -> Tensor:
     """A .npy of integers, or a .safetensors whose only tensor is one; any shape, read in order."""
     try:
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _only_tensor(path)
-    except (OSError, ValueError, EOFError) as error:
+        array = _array(path) if path.suffix == ".npy" else _only_tensor(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            "not a token file",
+            f"not a token file: {error}",
             where=str(path),
             todo="give a .npy of integers, or a .safetensors with one such tensor",
         ) from error
@@ -281,16 +306,30 @@ def encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     path = checkpoint.file("tokenizer.json")
     if path is not None:
         tokenizer = _tokenizer(path)
-        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return _guarded(path, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
     path = checkpoint.file("tokenizer.model")
     if path is not None:
         processor = _sentencepiece(path)
-        return lambda text: list(processor.encode(text))
+        return _guarded(path, lambda text: list(processor.encode(text)))
     raise InputError(
         "the checkpoint has no tokenizer.json or tokenizer.model, so a text cannot be tokenized",
         where=checkpoint.source,
         todo="use a token file (.npy), or to calibrate --calibration self",
     )
+
+
+def _guarded(path: Path, encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """A tokenizer that was read may still stop at a text, with an error of its library's."""
+
+    def guarded(text: str) -> list[int]:
+        try:
+            return encode(text)
+        except Exception as error:
+            raise InputError(
+                f"the tokenizer cannot encode a text: {error}", where=str(path), todo="fetch the file again"
+            ) from error
+
+    return guarded
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -300,9 +339,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        raise InputError(
-            f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
-        ) from error
+        raise _unreadable(path, error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -314,6 +351,20 @@ def _sentencepiece(path: Path) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _pieces(path: Path) -> dict[str, int]:
+    """Every piece of a SentencePiece model and its id."""
+    processor = _sentencepiece(path)
+    try:
+        return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    # The library does not look at the texts before they are asked for.
+    except (UnicodeDecodeError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
+    )

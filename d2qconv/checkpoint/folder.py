@@ -10,6 +10,7 @@ a link elsewhere opens nothing.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ def listed(names: Sequence[str]) -> str:
 def is_plain_name(name: str) -> bool:
     """Whether a name is one path component on every system: no separator, no drive, not `.` or `..`."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a file lies there itself: no link, which may lead anywhere, and no pipe, which may never end.
+
+    Raises OSError, but not if nothing is there.
+    """
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def is_snapshot(root: Path) -> bool:

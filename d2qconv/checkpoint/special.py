@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 #: The roles that config files name, as `<role>_token` or `<role>_token_id`.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
 _T = TypeVar("_T")
-_Id = Annotated[int, msgspec.Meta(ge=0)]
+#: No vocabulary comes near; it keeps a hostile file from costing memory.
+MAX_ID = (1 << 24) - 1
+_Id = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def added_tokens(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None) ->
     config = checkpoint.json("tokenizer_config.json") or {}
     where = "tokenizer_config.json: added_tokens_decoder"
     decoder = _read(config.get("added_tokens_decoder") or {}, dict[str, _Added], where)
-    odd = next((i for i in decoder if not (i.isascii() and i.isdigit())), None)
+    odd = next((i for i in decoder if not _is_id(i)), None)
     if odd is not None:
-        raise InputError(f"{odd!r} is not the id of a token", where=where, todo="fetch the file again")
+        raise InputError(f"{odd!r:.80} is not the id of a token", where=where, todo="fetch the file again")
     found = {int(i): _added(int(i), t) for i, t in decoder.items()}
     more = _read(checkpoint.json("added_tokens.json") or {}, dict[str, _Id], "added_tokens.json")
     for text, i in more.items():
@@ -190,6 +192,11 @@ def _read(value: object, kind: type[_T], where: str) -> _T:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise InputError(f"malformed: {error}", where=where, todo="fetch the file again") from error
+
+
+def _is_id(text: str) -> bool:
+    """Whether it is the number of a token, in digits."""
+    return text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= MAX_ID
 
 
 def _added(token: int, entry: _Added) -> AddedToken:

@@ -7,12 +7,12 @@ package comes from, and what it needs to be loaded.
 from __future__ import annotations
 
 import hashlib
-import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
+from d2qconv.checkpoint.folder import is_regular
 from d2qconv.errors import ExportError, VerifyError
 from d2qconv.export.base import Check
 
@@ -51,9 +51,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a package; raises VerifyError if there is none, or not such a one."""
     path = folder / MANIFEST
     todo = "only folders that d2qconv wrote can be verified"
-    if not path.is_file():
-        raise VerifyError("has no manifest", where=str(path), todo=todo)
     try:
+        if not is_regular(path):
+            raise VerifyError("has no manifest", where=str(path), todo=todo)
         if path.stat().st_size > _MOST_BYTES:
             raise VerifyError("is too large for a manifest", where=str(path), todo=todo)
         found = msgspec.json.decode(path.read_bytes(), type=Manifest)
@@ -88,7 +88,7 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
     Raises OSError, and ExportError for what is no regular file, such as a link, a folder or a pipe.
     """
     paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    strange = [path.name for path in paths if not _is_regular(path)]
+    strange = [path.name for path in paths if not is_regular(path)]
     if strange:
         raise ExportError(f"the exporter wrote no regular files: {_listed(strange)}", where=str(folder))
     return {path.name: file_record(path) for path in paths}
@@ -104,7 +104,7 @@ def files_check(folder: Path, manifest: Manifest) -> Check:
         wrong = [
             name
             for name, record in manifest.files.items()
-            if name not in there or not _is_regular(folder / name) or file_record(folder / name) != record
+            if name not in there or not is_regular(folder / name) or file_record(folder / name) != record
         ]
     except OSError as error:
         raise VerifyError(f"cannot be read: {error.strerror}", where=str(folder)) from error
@@ -113,11 +113,6 @@ def files_check(folder: Path, manifest: Manifest) -> Check:
         return Check("files", f"{_listed(wrong)} not as recorded in {MANIFEST}", False)
     n_bytes = sum(record.n_bytes for record in manifest.files.values())
     return Check("files", f"{len(manifest.files)} files, {n_bytes:,} bytes, by SHA-256 as recorded", True)
-
-
-def _is_regular(path: Path) -> bool:
-    """Whether it is a file itself, no link to one. Raises OSError."""
-    return stat.S_ISREG(path.lstat().st_mode)
 
 
 def file_record(path: Path) -> FileRecord:

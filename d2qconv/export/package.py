@@ -27,7 +27,8 @@ def check_output(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
     """
     try:
         free = _probe(path, overwrite)
-    except OSError as error:
+    # RuntimeError: links that lead to each other (Python 3.12 and older).
+    except (OSError, RuntimeError) as error:
         raise _unwritable_place(path, error) from error
     if n_bytes > free:
         raise InputError(
@@ -72,9 +73,10 @@ def _free(final: Path) -> int:
         return shutil.disk_usage(folder).free
 
 
-def _unwritable_place(path: Path, error: OSError) -> InputError:
+def _unwritable_place(path: Path, error: OSError | RuntimeError) -> InputError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
     return InputError(
-        f"the output cannot be written: {error.strerror}",
+        f"the output cannot be written: {reason}",
         where=str(path),
         todo="name a file in a folder that you may write to",
     )

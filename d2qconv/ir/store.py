@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2qconv.checkpoint.dense import Dense
+from d2qconv.checkpoint.folder import is_regular
 from d2qconv.errors import RunError
 from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded, Held
@@ -210,7 +211,7 @@ class Store:
         """The notes given with a part, as `kind`; raises RunError if they are something else."""
         try:
             return msgspec.json.decode(self._manifest.parts[part].notes, type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise damaged(self._folder / MANIFEST, f"notes of {part}: {error}") from error
 
     def tensor_ids(self, part: str) -> Iterator[TensorId]:
@@ -303,7 +304,8 @@ class Store:
         path = self._folder / MANIFEST
         try:
             return self._drop_damaged(msgspec.json.decode(path.read_bytes(), type=_Manifest))
-        except msgspec.MsgspecError as error:
+        # Text is looked at only where it is read: a header that parsed may hold names that do not.
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise damaged(path, str(error)) from error
 
     def _drop_damaged(self, manifest: _Manifest) -> _Manifest:
@@ -315,7 +317,7 @@ class Store:
         """
         kept: dict[str, _Part] = {}
         for name, part in manifest.parts.items():
-            if not self._file(name).is_file() or sha256_of(self._file(name)) != part.sha256:
+            if not is_regular(self._file(name)) or sha256_of(self._file(name)) != part.sha256:
                 break
             kept[name] = part
         if len(kept) == len(manifest.parts):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from d2qconv.checkpoint.folder import is_plain_name, is_regular
 from d2qconv.errors import RunError
 
 try:
@@ -73,7 +74,7 @@ def read_tokens(folder: Path, key: str) -> dict[str, Tensor] | None:
     """
     path = folder / TOKENS
     try:
-        mark = _tokens_mark(path)
+        mark = _tokens_mark(path) if is_regular(path) else None
         if mark is None:
             return None
         tensors = load(path.read_bytes())
@@ -150,8 +151,10 @@ def write_measured(folder: Path, key: str, values: bytes) -> None:
 def _measured(path: Path) -> _Measured | None:
     """None if there is no such file, or if it is not ours; raises OSError."""
     try:
+        if not is_regular(path):
+            return None
         found = msgspec.json.decode(path.read_bytes(), type=_Measured)
-    except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (NotADirectoryError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return found if found.mark == MEASURED_MARK else None
 
@@ -213,7 +216,7 @@ def _take_lock(folder: Path) -> int | None:
     path = folder / LOCK
     is_collected = False
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still_at(path, lock):
@@ -245,14 +248,16 @@ def _is_still_at(path: Path, descriptor: int) -> bool:
 def read_header(folder: Path) -> Header | None:
     """The manifest, of any version; None if there is none. Raises RunError if it does not parse, OSError."""
     path = folder / MANIFEST
+    if not path.exists() and not path.is_symlink():
+        return None
+    if not is_regular(path):
+        raise damaged(path, "it is no regular file")
     try:
         header = msgspec.json.decode(path.read_bytes(), type=Header)
-    except FileNotFoundError:
-        return None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise damaged(path, str(error)) from error
     for part in header.parts:
-        if Path(part).name != part:
+        if not is_plain_name(part) or f"{part}.safetensors" == TOKENS:
             raise damaged(path, f"{part!r} is not the name of a part")
     return header
 

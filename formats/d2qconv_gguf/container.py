@@ -12,6 +12,7 @@ import hashlib
 import math
 import mmap
 import re
+import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -197,6 +198,9 @@ def read(path: Path) -> GgufFile:
 def _read_one(path: Path) -> GgufFile:
     """One file, whatever it is a part of."""
     try:
+        # Opening a pipe would wait for its other end. A link is as good as the file: the user named it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError("not a regular file", where=str(path), todo="name a .gguf")
         with path.open("rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise InputError("not a GGUF file", where=str(path), todo="name a .gguf")

@@ -9,6 +9,7 @@ scores; minus the rank of a piece's first merge is its score.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -20,12 +21,15 @@ from gguf import TokenType
 
 from d2qconv.errors import InputError, Refusal
 from d2qconv_gguf.pretokenizers import WAY_OUT, describe, normalizer_kinds
+from d2qconv_gguf.tokenizer_json import MAX_TOKEN_CHARS
 
 #: SentencePiece writes a space so.
 SPACE = "\u2581"
 #: Score of a token that no merge makes, and of added tokens, as llama.cpp's converter has it.
 NO_SCORE = -1000.0
 _UNIGRAM, _BPE = 1, 2
+#: A varint has ten bytes at most.
+_MAX_SHIFT = 63
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -61,13 +65,11 @@ def read_model(path: Path) -> SpmModel:
 
 def _parse(data: bytes) -> SpmModel:
     pieces: list[Token] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    trainer: Mapping[int, int | bytes] = {}
+    normalizer: Mapping[int, int | bytes] = {}
     for number, value in _fields(data):
         if number == 1:
-            fields = dict(_fields(_blob(value)))
-            score = struct.unpack("<f", _blob(fields[2]))[0] if 2 in fields else 0.0
-            pieces.append(Token(_blob(fields[1]).decode("utf-8"), TokenType(fields.get(3, 1)), score))
+            pieces.append(_piece(dict(_fields(_blob(value)))))
         elif number == 2:
             trainer = dict(_fields(_blob(value)))
         elif number == 3:
@@ -76,16 +78,32 @@ def _parse(data: bytes) -> SpmModel:
         raise ValueError("it holds no pieces")
     return SpmModel(
         tuple(pieces),
-        int(trainer.get(3, _UNIGRAM)),
-        len(normalizer.get(2, b"")),
-        bool(normalizer.get(3, 1)),
-        bool(normalizer.get(4, 1)),
+        _number(trainer.get(3, _UNIGRAM)),
+        len(_blob(normalizer.get(2, b""))),
+        bool(_number(normalizer.get(3, 1))),
+        bool(_number(normalizer.get(4, 1))),
     )
+
+
+def _piece(fields: Mapping[int, int | bytes]) -> Token:
+    text = _blob(fields.get(1, b"")).decode("utf-8")
+    if not text or len(text) > MAX_TOKEN_CHARS:
+        raise ValueError(f"a piece of {len(text)} characters")
+    score = struct.unpack("<f", _blob(fields[2]))[0] if 2 in fields else 0.0
+    if not math.isfinite(score):
+        raise ValueError(f"piece {text!r:.80} has the score {score}")
+    return Token(text, TokenType(_number(fields.get(3, 1))), score)
 
 
 def _blob(value: int | bytes) -> bytes:
     if isinstance(value, int):
         raise ValueError("a number where a message should be")
+    return value
+
+
+def _number(value: int | bytes) -> int:
+    if isinstance(value, bytes):
+        raise ValueError("a message where a number should be")
     return value
 
 
@@ -119,6 +137,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > _MAX_SHIFT:
+            raise ValueError(f"a number of more than 64 bits at byte {at}")
 
 
 def model_refusal(model: SpmModel, *, is_alone: bool) -> Refusal | None:

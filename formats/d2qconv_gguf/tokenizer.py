@@ -35,6 +35,7 @@ from d2qconv_gguf.spm import (
     model_refusal,
     read_model,
 )
+from d2qconv_gguf.tokenizer_json import read_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,7 @@ _ID_KEYS = {
 #: Added tokens that steer the model although their checkpoint does not call them special.
 _CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _CONTROL_SHAPES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+_PAD = re.compile(r"\[PAD(0|[1-9][0-9]{0,8})\]")
 _TWO_DIGITS = re.compile("[0-9]{2}")
 _TEMPLATE_NAME = frozenset(string.ascii_letters + string.digits)
 #: A longer chat template is refused.
@@ -127,7 +129,7 @@ def tokenizer_refusals(checkpoint: Checkpoint) -> list[Refusal]:
 
 def _made(checkpoint: Checkpoint, vocab_size: int | None) -> _Made:
     """Everything, in one reading of tokenizer.json."""
-    tokenizer = checkpoint.json("tokenizer.json")
+    tokenizer = read_tokenizer(checkpoint)
     templates = chat_templates(checkpoint)
     vocabulary = _vocabulary(checkpoint, tokenizer)
     if isinstance(vocabulary, Refusal):
@@ -151,7 +153,7 @@ def _made(checkpoint: Checkpoint, vocab_size: int | None) -> _Made:
 
 def tokenizer_warnings(checkpoint: Checkpoint) -> list[str]:
     """What llama.cpp will do differently in rare texts, and no key can change; empty for a refused tokenizer."""
-    tokenizer = checkpoint.json("tokenizer.json")
+    tokenizer = read_tokenizer(checkpoint)
     vocabulary = _vocabulary(checkpoint, tokenizer)
     if isinstance(vocabulary, Refusal) or tokenizer is None:
         return []
@@ -182,8 +184,9 @@ def _token_refusals(tokens: Mapping[int, Token], vocab_size: int | None) -> list
     if vocab_size is not None and n_tokens > vocab_size:
         why = f"its last token has id {n_tokens - 1}, and the model has {vocab_size} embedding rows"
         found.append(Refusal("tokenizer", why, "use the tokenizer that belongs to this checkpoint"))
-    size = max(n_tokens, vocab_size or 0)
-    texts = Counter(tokens[i].text if i in tokens else f"[PAD{i}]" for i in range(size))
+    texts = Counter(token.text for token in tokens.values())
+    # An id without a token is written `[PADi]`.
+    texts.update(f"[PAD{i}]" for i in _named_pads(tokens, vocab_size or 0))
     twice = [text for text, n in texts.items() if n > 1 or not text]
     if twice:
         why = (
@@ -193,6 +196,13 @@ def _token_refusals(tokens: Mapping[int, Token], vocab_size: int | None) -> list
     return found
 
 
+def _named_pads(tokens: Mapping[int, Token], vocab_size: int) -> list[int]:
+    """Ids without a token, as far as some token is written like their padding."""
+    found = (_PAD.fullmatch(token.text) for token in tokens.values())
+    ids = {int(match[1]) for match in found if match is not None}
+    return [i for i in ids if i < max(vocab_size, max(tokens) + 1) and i not in tokens]
+
+
 def _vocabulary(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None) -> Vocabulary | Refusal:
     model_file = checkpoint.file("tokenizer.model")
     if tokenizer is None and model_file is None:
@@ -200,17 +210,13 @@ def _vocabulary(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None) -> 
         return Refusal(str(checkpoint.path), "neither tokenizer.json nor tokenizer.model is there", todo)
     if tokenizer is None:
         return _spm_alone(checkpoint)
-    model = tokenizer.get("model")
-    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping | list):
-        raise InputError("it has no model with a vocab", where="tokenizer.json", todo="fetch the file again")
+    model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE":
         why = f"its model is {model['type']}; byte-level BPE and SentencePiece BPE can be written"
         return Refusal("tokenizer.json: model", why, WAY_OUT)
     odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     if odd:
         return Refusal("tokenizer.json: model", f"llama.cpp has nothing for {', '.join(odd)}", WAY_OUT)
-    if not isinstance(model["vocab"], Mapping) or not all(type(i) is int for i in model["vocab"].values()):
-        raise InputError("its vocab is not a table of ids", where="tokenizer.json: model", todo=_AGAIN)
     added = added_tokens(checkpoint, tokenizer)
     if model.get("byte_fallback"):
         return _spm_like(checkpoint, tokenizer, added)
@@ -253,11 +259,9 @@ def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The merges, written `"a b"` (before tokenizers 0.20) or `["a", "b"]`; raises InputError."""
     found = []
     merges = tokenizer["model"].get("merges") or []
-    if not isinstance(merges, list):
-        raise InputError("its merges are not a list", where="tokenizer.json: model", todo=_AGAIN)
     for merge in merges:
         pair = merge.split(" ", 1) if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        if len(pair) != 2:
             raise InputError(f"{merge!r} is not a merge", where="tokenizer.json", todo=_AGAIN)
         found.append((pair[0], pair[1]))
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from d2qconv.checkpoint.folder import read_json
+from d2qconv.checkpoint.folder import is_plain_name, is_regular, read_json
 from d2qconv.errors import InputError, VerifyError
 
 _DTYPES: Mapping[str, tuple[str, int]] = {
@@ -82,6 +82,7 @@ class Folder:
 def open_folder(path: Path) -> Folder:
     """Config and headers of a package; raises VerifyError."""
     try:
+        _require_regular(path / "config.json")
         config = read_json(path / "config.json")
         files = _files(path)
     except InputError as error:
@@ -100,14 +101,15 @@ def open_folder(path: Path) -> Folder:
 def _files(path: Path) -> dict[str, set[str] | None]:
     """Names of the files with weights, each with the arrays that the index puts there."""
     index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.exists() and not index.is_symlink():
         return {"model.safetensors": None}
+    _require_regular(index)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise VerifyError("names no arrays", where=str(index))
     found: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
             raise VerifyError(f"names {file!r:.80}, which is no file of the folder's", where=str(index))
         there = found.setdefault(file, set())
         assert there is not None, "files of an index have their arrays named"
@@ -115,8 +117,19 @@ def _files(path: Path) -> dict[str, set[str] | None]:
     return found
 
 
+def _require_regular(path: Path) -> None:
+    """Raise VerifyError unless a file lies there itself."""
+    try:
+        is_file = is_regular(path)
+    except OSError as error:
+        raise VerifyError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if not is_file:
+        raise VerifyError("is not there, or no regular file", where=str(path))
+
+
 def _header(path: Path) -> dict[str, Span]:
     """The arrays of one file."""
+    _require_regular(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size

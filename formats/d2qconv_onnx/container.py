@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from d2qconv.checkpoint.folder import is_regular
 from d2qconv.errors import VerifyError
 from d2qconv_onnx.genai import MODEL
 
@@ -114,6 +115,8 @@ def open_model(folder: Path) -> Container:
     """Open `folder`/model.onnx; raises VerifyError if it is no ONNX model, or too large for a graph."""
     path = folder / MODEL
     try:
+        if not is_regular(path):
+            raise VerifyError("is not there, or no regular file", where=str(path), todo=_TODO)
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise VerifyError(f"has {size:,} bytes, too many for a graph", where=str(path), todo=_TODO)

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from d2qconv.arch.spec import Dims
+from d2qconv.checkpoint.folder import is_regular
 from d2qconv.errors import VerifyError
 from d2qconv_onnx.genai import CONFIG, MODEL
 
@@ -75,6 +76,8 @@ def read_config(folder: Path) -> GenaiConfig:
     """The config of a package; raises VerifyError if there is none, or not such a one."""
     path = folder / CONFIG
     try:
+        if not is_regular(path):
+            raise VerifyError("is not there, or no regular file", where=str(path))
         if path.stat().st_size > _MOST_BYTES:
             raise VerifyError("is too large for a config", where=str(path))
         return GenaiConfig(path, msgspec.json.decode(path.read_bytes(), type=_File).model)

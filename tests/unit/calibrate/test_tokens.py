@@ -144,6 +144,12 @@ def test_a_hub_data_set_is_streamed(checkpoint, model, monkeypatch):
     assert len(got.calibration) == 4
 
 
+def npy(dtype, shape):
+    """A .npy of 64 bytes whose header says something else."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -153,6 +159,10 @@ def test_a_hub_data_set_is_streamed(checkpoint, model, monkeypatch):
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2"),
         ("bad.npy", b"\x93NUMPY", "not a token file"),
         ("bad.safetensors", b"\x00\x01", "not a token file"),
+        ("zip.npy", b"PK\x03\x04", "not a token file"),
+        ("huge.npy", npy("<i8", "(1000000000000,)"), "not a token file"),
+        ("open.npy", npy("<i8", "(8,"), "not a token file"),
+        ("negative.npy", npy("<i8", "(-8, -8)"), "not a token file"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, checkpoint, model, name, content, what):

@@ -148,6 +148,13 @@ def test_refused_before_the_work(tmp_path, name):
     assert (tmp_path / "there.gguf").read_bytes() == b"old"
 
 
+def test_links_in_a_circle_are_no_place(tmp_path):
+    for a, b in (("a", "b"), ("b", "a")):
+        (tmp_path / a).symlink_to(tmp_path / b)
+    with pytest.raises(InputError, match="cannot be written"):
+        check_output(tmp_path / "a", True)
+
+
 def test_a_check_leaves_nothing_behind(tmp_path):
     check_output(tmp_path / "m.gguf", overwrite=False, n_bytes=10)
     assert names(tmp_path) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from dataclasses import replace
 
@@ -183,13 +184,21 @@ def test_spoiled_files_with_a_type_newer_than_gguf_py_are_refused(tmp_path):
         read(spoiled(tmp_path, data.replace(struct.pack("<QQI", 64, 3, 42), struct.pack("<QQI", 96, 2, 42))))
 
 
+@pytest.mark.timeout(10)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(InputError, match="not a regular file"):
+        read(tmp_path / "x.gguf")
+
+
 def test_no_gguf_at_all(tmp_path):
     for content in (b"", b"GGU", b"PK\3\4" * 99):
         with pytest.raises(InputError, match="not a GGUF file"):
             read(spoiled(tmp_path, content))
-    for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(InputError, match="cannot be read"):
-            read(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read(tmp_path / "none")
+    with pytest.raises(InputError, match="not a regular file"):
+        read(tmp_path)
 
 
 def test_a_model_with_a_missing_or_misshapen_tensor_is_refused(tmp_path):

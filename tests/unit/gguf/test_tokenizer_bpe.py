@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -295,6 +296,18 @@ def test_malformed_templates(tmp_path, small, name, stated, said):
         ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": 3}),
         ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [3]}),
         ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", 3]]}),
+        ("model", {"type": "BPE", "vocab": {"a": 2**40}}),
+        ("model", {"type": "BPE", "vocab": {"a" * 5000: 0}}),
+        ("model", {"type": ["BPE"], "vocab": {"a": 0}}),
+        ("pre_tokenizer", 3),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [None]}),
+        ("normalizer", {"type": "Sequence", "normalizers": "NFC"}),
+        (
+            "normalizer",
+            functools.reduce(
+                lambda x, _: {"type": "Sequence", "normalizers": [x]}, range(99), {"type": "NFC"}
+            ),
+        ),
     ],
 )
 def test_a_malformed_tokenizer(tmp_path, small, part, value_):

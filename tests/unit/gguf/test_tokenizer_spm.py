@@ -235,6 +235,35 @@ def test_malformed_added_tokens(folder):
         tokenizer_refusals(checkpoint_of(folder, None))
 
 
+@pytest.mark.parametrize(
+    ("piece", "said"),
+    [
+        (b"", "a piece of 0 characters"),
+        (b"\x0a\x01a\x15\x00\x00\xc0\x7f", "score nan"),
+        (b"\x08\x01", "a number where a message"),
+        (b"\x0a\x01a\x18" + b"\xff" * 200_000 + b"\x01", "64 bits"),
+    ],
+)
+def test_a_model_file_that_is_none_of_sentencepiece(tmp_path, piece, said):
+    n = len(piece)
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(
+        b"\x0a" + (bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7 & 127 | 128, n >> 14])) + piece
+    )
+    with pytest.raises(InputError, match=said):
+        read_model(path)
+
+
+def test_a_token_id_that_no_vocabulary_has(folder):
+    put(
+        folder,
+        "tokenizer_config.json",
+        CONFIG | {"added_tokens_decoder": {"9" * 5000: {"content": "<more>"}}},
+    )
+    with pytest.raises(InputError, match="not the id of a token"):
+        tokenizer_refusals(checkpoint_of(folder, None))
+
+
 def test_a_broken_model_file(folder):
     for broken in (b"", b"\xff" * 50, trained()[:-1], b"not a model at all"):
         (folder / "tokenizer.model").write_bytes(broken)

@@ -1,6 +1,7 @@
 """Folders that somebody changed: always an error of ours, never another one, and nothing large is allocated."""
 
 import json
+import os
 import random
 import shutil
 from contextlib import suppress
@@ -84,6 +85,23 @@ def test_an_index_may_not_lead_out_of_the_folder(tmp_path):
     given["weight_map"]["model.norm.weight"] = "../secret.safetensors"
     index.write_text(json.dumps(given))
     with pytest.raises(D2qError, match="no file of the folder's"):
+        open_folder(tmp_path / "p")
+
+
+@pytest.mark.timeout(60, func_only=True)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_a_pipe_or_link_is_no_file_of_a_package(package, tmp_path, name, is_pipe):
+    _, folder = package
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p" / name
+    if file.exists():
+        file.rename(tmp_path / name)
+    if is_pipe:
+        os.mkfifo(file)
+    else:
+        file.symlink_to(tmp_path / name)
+    with pytest.raises(D2qError, match="no regular file"):
         open_folder(tmp_path / "p")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -173,6 +174,42 @@ def test_a_part_of_the_manifest_that_is_not_one_is_said(tmp_path):
     (tmp_path / "manifest.json").write_text(BAD_PART)
     with pytest.raises(RunError, match="damaged"):
         open_store(tmp_path)
+
+
+def test_text_that_is_no_utf_8_in_the_manifest_is_said(tmp_path):
+    filled(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"q2_k"', b'"q2_\xff"'))
+    with pytest.raises(RunError, match="damaged"):
+        open_store(tmp_path)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", ["manifest.json", "lock", "block-0003.safetensors", "tokens.safetensors"])
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_a_pipe_or_link_is_no_file_of_a_work_directory(tmp_path, name, is_pipe):
+    work, elsewhere = tmp_path / "w", tmp_path / "elsewhere"
+    filled(work)
+    write_tokens(work, "key", {"t": torch.arange(3)})
+    if (work / name).exists():
+        (work / name).rename(elsewhere)
+    elsewhere.touch()
+    if is_pipe:
+        os.mkfifo(work / name)
+    else:
+        (work / name).symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    if name == "tokens.safetensors":
+        assert read_tokens(work, "key") is None
+    elif name == "block-0003.safetensors":
+        assert parts(work) == ()
+    elif name == "lock" and is_pipe:
+        # Never read; as good a lock as a file.
+        assert parts(work) == ("block-0003",)
+    else:
+        with pytest.raises(RunError):
+            open_store(work)
+    assert elsewhere.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -222,6 +223,20 @@ def test_names_that_are_no_text_are_refused(package, tmp_path):
     path.write_bytes(path.read_bytes().replace(b"rope.cos", b"rope.c\xff\xfe"))
     with pytest.raises(VerifyError, match="not UTF-8"):
         read_model(open_model(folder))
+
+
+@pytest.mark.timeout(60, func_only=True)
+@pytest.mark.parametrize("name", ["model.onnx", "genai_config.json", "d2qconv.json"])
+@pytest.mark.parametrize("is_pipe", [True, False])
+def test_a_pipe_or_link_is_no_file_of_a_package(package, tmp_path, name, is_pipe):
+    folder = changed(package, tmp_path, lambda _: None)
+    (folder / name).rename(tmp_path / name)
+    if is_pipe:
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(VerifyError, match=r"no regular file|no manifest"):
+        verify_folder(folder, silent)
 
 
 def test_a_head_in_another_file_is_not_taken_for_the_embedding(package, tmp_path):

@@ -27,8 +27,8 @@ def kl_spread(kl: Tensor) -> KlSpread:
     """Of f64[n] divergences, n ≥ 1. The first bin has what is below it too, zeros and rounding below zero among it."""
     ordered = kl.double().sort().values
     n = len(ordered)
-    # The least value that so many percent of all are not above.
-    ranks = {p: min(max(-int(-(p * n) // 100), 1), n) - 1 for p in PERCENTAGES}
+    # The least value that so many of all are not above, in whole per mille.
+    ranks = {p: max(-(-round(10 * p) * n // 1000), 1) - 1 for p in PERCENTAGES}
     edges = tuple(10 ** (k / 4) for k in range(FIRST, LAST + 1))
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
     counts = torch.bincount(torch.bucketize(ordered, inner, right=True), minlength=len(edges) - 1)

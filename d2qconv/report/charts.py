@@ -251,9 +251,9 @@ def cloud(
         x, y = place(p)
         parts.append(_dot(p, x, y, "dot"))
         is_right = x > WIDTH * 0.7
-        parts.append(
-            _text(x - 6 if is_right else x + 6, y - 5, p.name, "value", "end" if is_right else "start")
-        )
+        # Names of the front above the curve, all others below their points.
+        at = (x - 6 if is_right else x + 6, y - 5 if p in front else y + 13)
+        parts.append(_text(*at, p.name, "value", "end" if is_right else "start"))
     return _svg(key, floor + 34, label, *parts)
 
 

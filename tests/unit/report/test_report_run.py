@@ -16,7 +16,7 @@ from browser import seen
 
 from d2qconv import pipeline
 from d2qconv.calibrate.tokens import load_tokens
-from d2qconv.errors import InputError
+from d2qconv.errors import ExportError, InputError
 from d2qconv.evaluate.reference import logits
 from d2qconv.export.base import Check
 from d2qconv.export.beside import page_of, report_of
@@ -161,6 +161,28 @@ def test_a_run_that_goes_on_says_the_same_but_for_times(asked, made, monkeypatch
         for package in (found["package"],):
             del package["name"], package["files"][0]["name"]
     assert first == second
+
+
+def test_a_report_that_could_not_be_written_is_without_quantizing_again(asked, made, monkeypatch):
+    full = replace(asked, output=asked.output.with_name("full.gguf"))
+
+    def fill(*_, **__):
+        raise ExportError("No space left on device")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("d2qconv.report.write.write_both", fill)
+        with pytest.raises(ExportError):
+            convert(plan(full), Unwatched())
+    assert full.output.read_bytes() == asked.output.read_bytes()
+    assert not report_of(full.output).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(walk_model.BlockWalk, "quantize", die)
+        outcome = convert(plan(replace(full, overwrite=True)), Unwatched())
+    assert read_report(outcome.report).quality == read_report(made.report).quality
+    assert not full.work_folder.exists()
 
 
 def test_a_report_that_is_in_the_way_is_refused_before_any_work(asked, made):

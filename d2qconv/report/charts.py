@@ -106,7 +106,7 @@ def _level(value: float, low: float, high: float) -> int:
         return 0
     if value >= high:
         return LEVELS - 1
-    return min(int(math.log(value / low) / math.log(high / low) * LEVELS), LEVELS - 1)
+    return min(int((math.log(value) - math.log(low)) / (math.log(high) - math.log(low)) * LEVELS), LEVELS - 1)
 
 
 def bars(key: str, label: str, listed: Sequence[Bar]) -> str:
@@ -114,7 +114,7 @@ def bars(key: str, label: str, listed: Sequence[Bar]) -> str:
     left, right, pitch = 92.0, 62.0, 18.0
     low = min(0.0, *(b.value for b in listed)) if listed else 0.0
     high = max(0.0, *(b.value for b in listed)) if listed else 1.0
-    scale = (WIDTH - left - right) / ((high - low) or 1.0)
+    scale = (WIDTH - left - right) / max(high - low, 1e-30)
     zero = left - low * scale
     parts = []
     for number, bar in enumerate(listed):
@@ -139,7 +139,7 @@ def histogram(
     seen = [k for k, count in enumerate(counts) if count] or [0]
     first = max(math.floor(math.log10(edges[seen[0]]) + 1e-9), math.log10(edges[0]))
     last = min(math.ceil(math.log10(edges[seen[-1] + 1]) - 1e-9), math.log10(edges[-1]))
-    scale = (WIDTH - 2 * left) / (last - first)
+    scale = (WIDTH - 2 * left) / max(last - first, 1e-9)
     most = max(*counts, 1)
 
     def place(value: float) -> float:
@@ -178,7 +178,8 @@ class Point:
 def curve(key: str, label: str, points: Sequence[Point], below: str) -> str:
     """Values along whole numbers from 0. below: what the x axis counts."""
     left, top, height, right = 40.0, 10.0, 150.0, 8.0
-    most = max((p.y for p in points), default=0.0) or 1.0
+    most = max((p.y for p in points), default=0.0)
+    most = most if most > 1e-12 else 1.0
     ticks = _ticks(most)
     scale_x = (WIDTH - left - right) / max(len(points) - 1, 1)
 

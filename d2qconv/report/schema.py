@@ -8,7 +8,6 @@ Errors are relative and squared; divergences are in nats per token; sizes are in
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,8 @@ from d2qconv.errors import InputError
 VERSION = 1
 #: A report of thousands of tensors is a few megabytes; what is larger is none.
 _MOST_BYTES = 64 << 20
+#: No size, time or divergence of a run is larger, and options are not nested deeper.
+_LARGEST, _DEEPEST = 1e18, 6
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -243,6 +244,7 @@ def decode(data: bytes, where: str) -> Report:
     """Inverse of `encode`; raises InputError for what is no report, or one of another version."""
     try:
         found = msgspec.json.decode(data, type=Report)
+        fault = _fault(found) if found.report == VERSION else ""
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(
             f"not a report of d2qconv: {error}", where=where, todo="name a PACKAGE.report.json"
@@ -251,7 +253,6 @@ def decode(data: bytes, where: str) -> Report:
         raise InputError(
             f"a report of version {found.report}, and this d2qconv reads version {VERSION}", where=where
         )
-    fault = _fault(found)
     if fault:
         raise InputError(f"the report contradicts itself: {fault}", where=where)
     return found
@@ -281,19 +282,27 @@ def is_intact(data: bytes, report: Report) -> bool:
 
 def _fault(report: Report) -> str:
     """What no run can have written, or an empty string: whoever draws a report may rely on it."""
-    if not all(map(math.isfinite, _numbers(report))):
-        return "a number is not finite"
+    return next(_faults(report), "")
+
+
+def _faults(report: Report) -> Iterator[str]:
+    """Each looks at what those before it have let pass."""
+    if not all(abs(number) <= _LARGEST for number in _numbers(report)):
+        yield "a number is out of all range"
+    if _depth(report.options) > _DEEPEST:
+        yield "options within options"
     spread = report.quality.spread
     if len(spread.edges) != len(spread.counts) + 1 or min(spread.counts, default=0) < 0:
-        return "the bins of the divergence"
-    if any(a >= b for a, b in pairwise(spread.edges)):
-        return "the edges of the bins do not rise"
+        yield "the bins of the divergence"
+    if spread.edges[0] <= 0 or any(a >= b for a, b in pairwise(spread.edges)):
+        yield "the edges of the bins do not rise"
     if report.contribution is not None and len(report.contribution.blocks) != len(report.blocks):
-        return "contributions of other blocks than there are"
+        yield "contributions of other blocks than there are"
     if [b.index for b in report.blocks] != list(range(len(report.blocks))):
-        return "the numbers of the blocks"
+        yield "the numbers of the blocks"
     sizes = [t.n_bytes for t in report.tensors] + [m.measured for m in report.memory]
-    return "a size is negative" if min(sizes, default=0) < 0 else ""
+    if min(sizes, default=0) < 0:
+        yield "a size is negative"
 
 
 def _plain(report: Report) -> bytes:
@@ -302,7 +311,7 @@ def _plain(report: Report) -> bytes:
 
 def _numbers(value: object) -> Iterator[float]:
     """Every number in it."""
-    if isinstance(value, float):
+    if isinstance(value, int | float):
         yield value
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
@@ -313,3 +322,8 @@ def _numbers(value: object) -> Iterator[float]:
     elif isinstance(value, list):
         for inner in value:
             yield from _numbers(inner)
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)

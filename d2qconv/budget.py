@@ -241,6 +241,12 @@ class PeakMeter:
             return Peaks(allocated, reserved, resident, is_host_with_files=True)
         return Peaks(allocated, reserved, max(self._held, now))
 
+    def figures(self) -> dict[str, int]:
+        """The peaks so far, as a watch is told them."""
+        peaks = self.peaks()
+        found = {"host_bytes": peaks.host}
+        return found if peaks.gpu_reserved is None else found | {"gpu_bytes": peaks.gpu_reserved}
+
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_EVERY):
             self._held = max(self._held, held_host_bytes() or 0)

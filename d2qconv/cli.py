@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from cyclopts import App, CycloptsError
 
 import d2qconv
-from d2qconv.commands import convert, demo, evaluate, packages
+from d2qconv.commands import convert, demo, evaluate, packages, report
 from d2qconv.console import Console
 from d2qconv.errors import D2qError, InputError
 from d2qconv.export.discover import discover
@@ -58,7 +58,7 @@ def make_app(console: Console) -> App:
         suppress_keyboard_interrupt=False,
     )
     found = discover()
-    for group in (convert, packages, evaluate, demo):
+    for group in (convert, packages, evaluate, report, demo):
         group.add(app, found, console)
     return app
 

@@ -19,11 +19,12 @@ from rich.console import Console as RichConsole
 from d2qconv import allocation_view, evaluation_view, import_view
 from d2qconv.budget import Peaks, gibibytes
 from d2qconv.export.base import Check, TargetPlan, TensorPlan
+from d2qconv.export.beside import page_of
 from d2qconv.export.discover import Found
 from d2qconv.facts import check_facts, evaluation_facts, exporter_facts, outcome_facts, plan_facts
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import describe
-from d2qconv.watches import BarWatch, LineWatch, duration, time_column
+from d2qconv.watches import BarWatch, JsonWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
     from d2qconv.fold.corrections import FoldRecord
@@ -42,20 +43,27 @@ class Console:
     def __init__(self, *, is_json: bool = False, is_quiet: bool = False) -> None:
         self._is_json = is_json
         self._is_quiet = is_quiet
+        self._progress = "auto"
         self._has_emitted = False
         self._out = _plain(sys.stdout)
         self._err = _plain(sys.stderr)
 
-    def ask(self, *, is_json: bool, is_quiet: bool) -> None:
-        """Print like this from now on."""
-        self._is_json, self._is_quiet = is_json, is_quiet
+    def ask(self, *, is_json: bool, is_quiet: bool, progress: str = "auto") -> None:
+        """Print like this from now on. progress: one of `bar`, `lines`, `json`, `none`, or `auto` for what suits."""
+        self._is_json, self._is_quiet, self._progress = is_json, is_quiet, progress
 
     @contextmanager
     def watch(self) -> Iterator[Watch]:
         """Progress on standard error, as far as it is wanted."""
-        if self._is_json or self._is_quiet:
+        kind = self._progress
+        if kind == "auto":
+            is_wanted = not (self._is_json or self._is_quiet)
+            kind = ("bar" if self._err.is_terminal else "lines") if is_wanted else "none"
+        if kind == "none":
             yield Unwatched()
-        elif not self._err.is_terminal:
+        elif kind == "json":
+            yield JsonWatch(self._tell)
+        elif kind == "lines":
             yield LineWatch(lambda line: self._err.print(line, soft_wrap=True))
         else:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -66,11 +74,17 @@ class Console:
                 MofNCompleteColumn(),
                 time_column(),
                 TextColumn("{task.fields[what]}", markup=False),
+                TextColumn("{task.fields[figures]}", markup=False, style="dim"),
             )
             with Progress(*columns, console=self._err) as progress:
                 watch = BarWatch(progress)
                 yield watch
                 watch.close()
+
+    def _tell(self, line: str) -> None:
+        """A line for a program: as it is, and at once."""
+        self._err.file.write(line + "\n")
+        self._err.file.flush()
 
     def show_plan(self, planned: Planned, *, is_all: bool) -> None:
         """Every tensor's type and size, by role or one by one, and what the whole will be."""
@@ -180,6 +194,13 @@ class Console:
             self._pairs(evaluation_view.pairs(found))
             self._line()
         self._line(f"{path}: {evaluation_view.summary(found, tasked)}")
+
+    def show_page(self, path: Path, n_bytes: int) -> None:
+        """What `report` wrote."""
+        if self._is_json:
+            self._emit({"path": str(path), "n_bytes": n_bytes})
+            return
+        self._line(f"{path}: {size(n_bytes)}")
 
     def show_facts(self, path: Path, facts: Mapping[str, Any]) -> None:
         """What `inspect` found."""
@@ -405,6 +426,8 @@ def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "loads in", ", ".join(outcome.loads_in)
     yield from _peak_pairs(outcome.peaks, outcome.footprint)
     yield "took", duration(outcome.seconds)
+    if outcome.report is not None:
+        yield "report", f"{outcome.report}, and {page_of(outcome.report).name} to look at"
 
 
 def _fold_pairs(folds: Sequence[FoldRecord]) -> Iterator[tuple[str, str]]:

@@ -121,6 +121,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "loads_in": outcome.loads_in,
         "fingerprint": outcome.fingerprint,
         "seconds": outcome.seconds,
+        "report": None if outcome.report is None else str(outcome.report),
         "memory": {
             "activations": outcome.footprint.place,
             "gpu_allocated": outcome.peaks.gpu_allocated,

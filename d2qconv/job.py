@@ -13,6 +13,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import InputError
 from d2qconv.export.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
+from d2qconv.export.beside import page_of, report_of
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.last_pass import LastPass
 from d2qconv.walk.memory import Footprint
@@ -44,6 +45,8 @@ class Job:
     work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
     free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result. also: further packages.
     requantize: quantize a checkpoint again that another tool has quantized.
+    is_reported: measure where the divergence comes from, and write the report beside the package. command: the words
+    that ask for this job, for the report.
     """
 
     model: str
@@ -61,6 +64,8 @@ class Job:
     max_host_mem: str | None = None
     also: tuple[Also, ...] = ()
     requantize: bool = False
+    is_reported: bool = False
+    command: tuple[str, ...] = ()
 
     @property
     def work_folder(self) -> Path:
@@ -78,6 +83,9 @@ def check_places(job: Job) -> None:
     for option, path in places:
         if path.name in ("", ".."):
             raise InputError("gives the package no name", where=option, todo="end it with a name")
+    if job.is_reported:
+        report = report_of(job.output)
+        places += [(f"the report {path}", path) for path in (report, page_of(report))]
     work = f"--work-dir {job.work_folder}"
     for (outer, folder), (inner, path) in permutations([*places, (work, job.work_folder)], 2):
         if not path.resolve().is_relative_to(folder.resolve()):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from d2qconv.errors import InputError
 from d2qconv.run import CalibrationSpec, Recipe
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Output:
     """Stop after the plan, and print it. Nothing is quantized; of a choice of types what was measured is kept."""
     all: Flag = False
     """With --dry-run: list every tensor instead of a summary by role."""
+    report: bool = True
+    """Write OUTPUT.report.json, and OUTPUT.report.html to look at: what the package is, where its errors come from,
+    and everything needed to make it again."""
 
 
 @_group("Calibration", 3)
@@ -199,10 +203,38 @@ class Report:
     """Print only the last line."""
     json: Flag = False
     """Print one JSON object on standard output, and nothing else."""
+    progress: Literal["auto", "bar", "lines", "json", "none"] = "auto"
+    """On standard error: a bar, lines, or a JSON object a line. auto is a bar on a terminal, lines elsewhere, and
+    nothing with --quiet or --json."""
 
     def tell(self, console: Console) -> None:
         """Have the console print so."""
-        console.ask(is_json=self.json, is_quiet=self.quiet)
+        console.ask(is_json=self.json, is_quiet=self.quiet, progress=self.progress)
+
+
+@_group("Deep", 2)
+@dataclass(frozen=True)
+class Deep:
+    """How far a package is verified."""
+
+    deep: Flag = False
+    """Compute again everything that the package's report says, and compare: of package, report and page every byte."""
+    report: Path | None = None
+    """With --deep: the report. By default PACKAGE.report.json."""
+    source: str | None = None
+    """With --deep: the model that was quantized; its config and weights are read and compared."""
+    revision: str | None = None
+    """With --source: branch, tag or commit of a hub checkpoint."""
+
+    def check(self) -> None:
+        """Raise InputError for options that would do nothing."""
+        alone = [
+            name
+            for name in ("report", "source", "revision")
+            if getattr(self, name) is not None and not self.deep
+        ]
+        if alone:
+            raise InputError("does nothing without --deep", where=f"--{alone[0]}", todo="add --deep")
 
 
 @dataclass(frozen=True)

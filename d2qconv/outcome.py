@@ -37,7 +37,8 @@ class Outcome:
     path: the package, its first file if there are several. kld, perplexities and same_top: on the held-out sequences,
     by the float reference. peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words,
     empty if there was none; kld_unrefined: before it, where it changed the whole model. allocation: the choice of
-    types, where one was made; its `kld` is what was predicted. also: further packages.
+    types, where one was made; its `kld` is what was predicted. also: further packages. report: its JSON file, if one
+    was written.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Outcome:
     kld_unrefined: float | None = None
     allocation: Allocation | None = None
     also: tuple[AlsoWritten, ...] = ()
+    report: Path | None = None
 
 
 def outcome_of(
@@ -104,9 +106,10 @@ def _last_pass(planned: Planned, result: WalkResult) -> str:
             return f"not kept after {result.refined.steps} steps: {result.refined.why}"
         before, after = result.unrefined.mean_kl, result.divergence.mean_kl
         return f"{steps} steps, KL divergence {before:.4f} → {after:.4f}"
-    if result.blocks:
-        n_kept = sum(notes.kept for notes in result.blocks)
-        return f"{steps} steps a block, kept in {n_kept} of {len(result.blocks)} blocks"
+    by_block = [block.refined for block in result.blocks if block.refined is not None]
+    if by_block:
+        n_kept = sum(notes.kept for notes in by_block)
+        return f"{steps} steps a block, kept in {n_kept} of {len(by_block)} blocks"
     return ""
 
 
@@ -125,6 +128,8 @@ def provenance(planned: Planned, tokens: CalibrationTokens, spec: RunSpec, resul
             "mean_shift": _carried("mean_shift", result.folds, planned.target.carrier_note),
             "column_scale": _carried("column_scale", result.folds, _scaled_places(result.folds)),
         },
+        source_revision=planned.checkpoint.revision,
+        source_sha256=planned.content,
     )
 
 

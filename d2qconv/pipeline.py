@@ -32,6 +32,7 @@ from d2qconv.export.base import (
     Padder,
     PaddingChoice,
 )
+from d2qconv.export.beside import check_report
 from d2qconv.fold.padding import padded
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.foreign.read import read_foreign
@@ -43,7 +44,9 @@ from d2qconv.ir.store import Store
 from d2qconv.job import Job, Planned, check_places
 from d2qconv.outcome import AlsoWritten, Outcome, outcome_of, provenance
 from d2qconv.packaging import check_place, grids_of, plan_also, write_package
-from d2qconv.progress import Unwatched, Watch
+from d2qconv.progress import Stages, Unwatched, Watch
+from d2qconv.report.collect import RunFacts
+from d2qconv.report.write import write_report
 from d2qconv.run import CalibrationSpec, RunSpec, check_recipe
 from d2qconv.team import Team
 from d2qconv.walk.activations import Placement
@@ -85,12 +88,14 @@ def plan(job: Job) -> Planned:
     n_all = job.calibration.sequences + own_sequences(job.calibration, job.recipe, bound, device)
     seen = replace(job.calibration, sequences=n_all)
     n_held = n_held_out(job.calibration)
-    footprint = predict(desc, seen, n_held, job.recipe, budget, device)
+    footprint = predict(desc, seen, n_held, job.recipe, budget, device, is_attributed=job.is_reported)
     last_pass = choose_last_pass(
         job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
     )
     if last_pass.steps:
-        footprint = predict(desc, seen, n_held, job.recipe, budget, device, last_pass)
+        footprint = predict(
+            desc, seen, n_held, job.recipe, budget, device, last_pass, is_attributed=job.is_reported
+        )
     refuse(
         [
             *target.refusals,
@@ -198,7 +203,7 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
     with _memory_as_run_error(planned), Team.join(planned.device) as team, PeakMeter(team.device) as meter:
         planned = replace(planned, device=team.device)
         limit_allocator(planned.device, planned.footprint.budget)
-        watch = watch if team.is_leader else Unwatched()
+        watch = stages = Stages(watch if team.is_leader else Unwatched(), meter.figures)
         content = team.from_leader(lambda: _prepare(planned, watch))
         planned = replace(planned, content=content)
         tokens = calibration_tokens(
@@ -214,6 +219,7 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             if not team.is_leader:
                 return None
             # The others may go: what follows is one process's work, and may take long.
+            n_processes = team.size
             team.leave()
             held = store.leaders
             about = provenance(planned, tokens, spec, result)
@@ -221,16 +227,23 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             others = _others(planned, model, watch)
             overwrite = planned.job.overwrite
             package, checks = write_package(planned.main, model, planned.checkpoint, overwrite, watch)
-            held.delete()
             peaks = _largest([peaks, meter.peaks()])
-    outcome = outcome_of(planned, package, checks, result, spec, time.monotonic() - started, peaks)
-    return replace(outcome, also=others)
+            seconds = time.monotonic() - started
+            outcome = replace(outcome_of(planned, package, checks, result, spec, seconds, peaks), also=others)
+            if planned.job.is_reported:
+                run = RunFacts(planned, tokens, about, result, outcome, stages.seconds, n_processes)
+                outcome = replace(outcome, report=write_report(run, watch))
+            # Kept until here: after a full disk the same command need not quantize again.
+            held.delete()
+    return outcome
 
 
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
     job = planned.job
     check_place(planned.main, job.overwrite, planned.most_bytes)
+    if job.is_reported:
+        check_report(job.output, job.overwrite)
     for also in planned.also:
         check_place(also, job.overwrite, also.target.n_bytes)
     _check_work_dir(planned)
@@ -249,6 +262,7 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
         Placement(planned.footprint.place, planned.device, planned.job.work_folder, team.rank),
         team,
         planned.last_pass,
+        planned.job.is_reported,
     )
 
 

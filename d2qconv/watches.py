@@ -1,10 +1,16 @@
-"""Progress as a person sees it: lines, or a bar on a terminal, with the time left. `console` gives them a place."""
+"""Progress as a person sees it, lines or a bar on a terminal, and as a program reads it. `console` gives them a place.
+
+All tell the stage, what is done of how much, the time left, and the figures of the work: the error that the quantized
+model has reached, and the memory's peaks.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+from d2qconv.budget import gibibytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -12,6 +18,19 @@ if TYPE_CHECKING:
 
 #: Seconds between two progress lines where there is no terminal.
 LINE_EVERY = 10.0
+#: Seconds between two steps as JSON; the last one of a stage is always told.
+JSON_EVERY = 0.5
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """`error 1.2e-02, peak 3.1 GiB of GPU, 0.9 GiB of host`."""
+    parts = [f"error {figures['error']:.1e}"] if "error" in figures else []
+    peaks = [
+        f"{gibibytes(int(figures[name]))} of {kind}"
+        for name, kind in (("gpu_bytes", "GPU"), ("host_bytes", "host"))
+        if name in figures
+    ]
+    return ", ".join([*parts, *(["peak " + ", ".join(peaks)] if peaks else [])])
 
 
 class LineWatch:
@@ -23,6 +42,7 @@ class LineWatch:
         self._name = ""
         self._total = 0
         self._began = self._last = clock()
+        self._figures: dict[str, float] = {}
 
     def stage(self, name: str, total: int) -> None:
         """Say that the stage begins."""
@@ -39,7 +59,12 @@ class LineWatch:
         of = f"{done}/{self._total}" if self._total else str(done)
         left = time_left(now - self._began, done, self._total) or 0.0
         ahead = f", {duration(left)} left" if left else ""
-        self._write(f"{self._name} {of} {what}{ahead}".rstrip())
+        figures = in_words(self._figures)
+        self._write(f"{self._name} {of} {what}{ahead}".rstrip() + (f", {figures}" if figures else ""))
+
+    def figure(self, name: str, value: float) -> None:
+        """Say it with the next line."""
+        self._figures[name] = value
 
     def note(self, text: str) -> None:
         """Print it."""
@@ -60,12 +85,13 @@ class BarWatch:
         self._task: TaskID | None = None
         self._total = 0
         self._began = clock()
+        self._figures: dict[str, float] = {}
 
     def stage(self, name: str, total: int) -> None:
         """Complete the last bar, draw the next."""
         self.close()
         self._total, self._began = total, self._clock()
-        self._task = self._progress.add_task(name, total=total or None, what="", ends=None)
+        self._task = self._progress.add_task(name, total=total or None, what="", ends=None, figures="")
 
     def step(self, done: int, what: str) -> None:
         """Move the bar."""
@@ -73,7 +99,12 @@ class BarWatch:
             now = self._clock()
             left = time_left(now - self._began, done, self._total)
             ends = None if left is None else now + left
-            self._progress.update(self._task, completed=done, what=what, ends=ends)
+            figures = in_words(self._figures)
+            self._progress.update(self._task, completed=done, what=what, ends=ends, figures=figures)
+
+    def figure(self, name: str, value: float) -> None:
+        """Show it with the next step."""
+        self._figures[name] = value
 
     def note(self, text: str) -> None:
         """Print it above the bars."""
@@ -82,8 +113,54 @@ class BarWatch:
     def close(self) -> None:
         """Stop the clock of the last bar."""
         if self._task is not None:
-            self._progress.update(self._task, what="")
+            self._progress.update(self._task, what="", figures="")
             self._progress.stop_task(self._task)
+
+
+class JsonWatch:
+    """One JSON object a line, for a program: `{"event": "stage" | "step" | "note", …}`.
+
+    A step has `done`, `total`, `what`, `seconds` since the stage began, `seconds_left` if that is known, and the
+    figures so far: `error`, `gpu_bytes`, `host_bytes`.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._name, self._total = "", 0
+        self._began = clock()
+        self._last: float | None = None
+        self._figures: dict[str, float] = {}
+
+    def stage(self, name: str, total: int) -> None:
+        """Tell that the stage begins."""
+        self._name, self._total = name, total
+        self._began, self._last = self._clock(), None
+        self._emit({"event": "stage", "stage": name, "total": total})
+
+    def step(self, done: int, what: str) -> None:
+        """Tell how far it is, unless it was told just now."""
+        now = self._clock()
+        if self._last is not None and now - self._last < JSON_EVERY and done != self._total:
+            return
+        self._last = now
+        left = time_left(now - self._began, done, self._total)
+        facts: dict[str, object] = {"event": "step", "stage": self._name, "done": done, "total": self._total}
+        facts |= {"what": what, "seconds": now - self._began, "seconds_left": left}
+        self._emit(facts | self._figures)
+
+    def figure(self, name: str, value: float) -> None:
+        """Tell it with the next step."""
+        self._figures[name] = value
+
+    def note(self, text: str) -> None:
+        """Tell it."""
+        self._emit({"event": "note", "text": text})
+
+    def _emit(self, facts: Mapping[str, object]) -> None:
+        import msgspec
+
+        self._write(msgspec.json.encode(facts).decode())
 
 
 def time_column() -> ProgressColumn:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
+from d2qconv.commands.again import command_words
 from d2qconv.commands.parameters import DEFAULTS, TALK, Model, Options, ReportOptions, exporter_options
 from d2qconv.console import Console
 from d2qconv.errors import InputError, PluginError
 from d2qconv.export.base import Carrier, ExporterInfo
+from d2qconv.export.beside import check_report
 from d2qconv.export.discover import Found, Sampler, discover, find
 from d2qconv.export.folder import check_folder
 from d2qconv.export.package import check_output
@@ -93,6 +95,8 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
     if not output.dry_run:
         check = check_folder if info.is_folder else check_output
         check(path, output.overwrite)
+        if output.report:
+            check_report(path, output.overwrite)
     from d2qconv.job import Job
 
     return Job(
@@ -111,6 +115,8 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
         max_host_mem=machine.max_host_mem,
         also=tuple(_also(text, output) for text in output.also),
         requantize=output.requantize,
+        is_reported=output.report,
+        command=command_words(info, model, options, settings, path),
     )
 
 

@@ -7,23 +7,30 @@ from pathlib import Path
 
 from cyclopts import App
 
-from d2qconv.commands.parameters import TALK, File, Format, ReportOptions
+from d2qconv.commands.parameters import SHALLOW, TALK, DeepOptions, File, Format, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.base import ExporterInfo
+from d2qconv.export.base import Check, Exporter, ExporterInfo
+from d2qconv.export.beside import report_of
 from d2qconv.export.discover import Found, find, for_file
-from d2qconv.progress import by_steps
+from d2qconv.options import Deep
+from d2qconv.progress import Watch, by_steps
 
 
 def add(app: App, found: Collection[Found], console: Console) -> None:
     """Add them."""
 
-    def verify(file: File, /, *, format_name: Format = "", report: ReportOptions = TALK) -> None:
+    def verify(
+        file: File, /, *, format_name: Format = "", deep: DeepOptions = SHALLOW, report: ReportOptions = TALK
+    ) -> None:
+        deep.check()
         info = exporter_of(file, format_name, found)
         exporter = info.load(info.default_options())
         report.tell(console)
         with console.watch() as watch:
-            checks = exporter.verify(file, by_steps(watch, "verify"))
+            checks = [*exporter.verify(file, by_steps(watch, "verify"))]
+            if deep.deep:
+                checks += _deep_checks(file, exporter, deep, watch)
         console.show_checks(file, checks)
         failed = [c for c in checks if not c.is_passed]
         if failed:
@@ -45,8 +52,10 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
     app.command(
         verify,
         help="Compare every tensor of a package bit for bit with its record, through an independent reader; then "
-        "load it in its runtime, where that is installed.",
-        help_epilogue="Example:\n  d2qconv verify qwen3-8b-q2_k.gguf",
+        "load it in its runtime, where that is installed. With --deep, compute again what its report says: digests of "
+        "package, report, page and source.",
+        help_epilogue="Example:\n  d2qconv verify qwen3-8b-q2_k.gguf\n"
+        "  d2qconv verify qwen3-8b-q2_k.gguf --deep --source Qwen/Qwen3-8B",
     )
     app.command(
         inspect,
@@ -58,6 +67,14 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
         help="List the installed exporters, those that cannot be used with the reason.",
         help_epilogue="Example:\n  d2qconv exporters",
     )
+
+
+def _deep_checks(file: Path, exporter: Exporter, asked: Deep, watch: Watch) -> list[Check]:
+    from d2qconv.report.deep import deep_checks
+
+    watch.stage("verify deep", 0)
+    report = asked.report or report_of(file)
+    return deep_checks(file, report, exporter, asked.source, asked.revision, watch.step)
 
 
 def exporter_of(file: Path, name: str, found: Collection[Found]) -> ExporterInfo:

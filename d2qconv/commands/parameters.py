@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import Parameter
 
 from d2qconv.export.base import ExporterInfo
-from d2qconv.options import Calibration, Machine, Method, Output, Report, Settings
+from d2qconv.options import Calibration, Deep, Machine, Method, Output, Report, Settings
 
 Model = Annotated[
     str, Parameter(help="Folder of a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-8B.")
@@ -20,6 +20,8 @@ Options = Annotated[Settings, Parameter(name="*")]
 ReportOptions = Annotated[Report, Parameter(name="*")]
 DEFAULTS = Settings()
 TALK = Report()
+DeepOptions = Annotated[Deep, Parameter(name="*")]
+SHALLOW = Deep()
 Format = Annotated[
     str, Parameter(name="--format", help="Exporter of the file; by default the one with its suffix.")
 ]
@@ -33,8 +35,7 @@ def exporter_options(info: ExporterInfo) -> type:
     (metadata "help", or a string below the field). A field that has the name of a common option is called
     `--EXPORTER-FIELD`.
     """
-    parts = (Output, Calibration, Method, Machine, Report)
-    common = {f.name for part in parts for f in dataclasses.fields(part)}
+    common = common_options()
     fields = dataclasses.fields(info.options)
     hints = get_type_hints(info.options, include_extras=True)
     texts = _field_texts(info.options.__doc__ or "", [f.name for f in fields])
@@ -52,6 +53,12 @@ def exporter_options(info: ExporterInfo) -> type:
     return dataclasses.make_dataclass(
         info.options.__name__, made, bases=(info.options,), frozen=True, namespace={"__module__": __name__}
     )
+
+
+def common_options() -> set[str]:
+    """Names of the options that every conversion has."""
+    parts = (Output, Calibration, Method, Machine, Report)
+    return {f.name for part in parts for f in dataclasses.fields(part)}
 
 
 def _again(field: dataclasses.Field[Any]) -> Any:

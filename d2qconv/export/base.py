@@ -263,6 +263,14 @@ class Allocating(Protocol):
 
 
 @runtime_checkable
+class Sizing(Protocol):
+    """An exporter that can tell what each tensor takes in a package. Optional: the report asks it."""
+
+    def tensor_bytes(self, path: Path) -> Mapping[str, int]:
+        """Bytes by stored name (`TensorPlan.stored_as`), as the package's own headers say. Reads no weights."""
+
+
+@runtime_checkable
 class Adopting(Protocol):
     """An exporter that can write what was quantized for another one, where its own storage holds it. Optional."""
 

@@ -118,15 +118,10 @@ def digest(pieces: Iterable[np.ndarray]) -> str:
 
 def provenance_facts(model: QuantizedModel) -> dict[str, str]:
     """Where a package comes from, as its manifest says it."""
-    about = model.provenance
-    found = {
-        "fingerprint": about.fingerprint,
-        "source": about.source,
-        "source_license": about.source_license,
-        "recipe": about.recipe,
-        "calibration": about.calibration,
-    }
-    return found | {f"carrier.{kind}": carried for kind, carried in about.carriers.items()}
+    found = model.provenance.facts()
+    # The manifest has a place of its own for it.
+    del found["version"]
+    return found
 
 
 def finish_folder(

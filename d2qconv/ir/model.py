@@ -20,7 +20,8 @@ Stored: TypeAlias = Coded | Dense
 class Provenance:
     """Where a package comes from; goes into its metadata as text.
 
-    carriers: per kind of correction (`mean_shift`, `column_scale`) how the package carries it.
+    carriers: per kind of correction (`mean_shift`, `column_scale`) how the package carries it. source_revision: the
+    hub's commit, empty for a folder. source_sha256: over config and weights, see `checkpoint.digest`.
     """
 
     version: str
@@ -30,6 +31,22 @@ class Provenance:
     recipe: str
     calibration: str
     carriers: Mapping[str, str]
+    source_revision: str = ""
+    source_sha256: str = ""
+
+    def facts(self) -> dict[str, str]:
+        """All of it by name, as packages say it; what is empty is left out, but for the license."""
+        found = {
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "source": self.source,
+            "source_license": self.source_license,
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+        }
+        found |= {f"carrier.{kind}": how for kind, how in sorted(self.carriers.items())}
+        more = {"source_revision": self.source_revision, "source_sha256": self.source_sha256}
+        return found | {name: text for name, text in more.items() if text}
 
 
 @dataclass(frozen=True)

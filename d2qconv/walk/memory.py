@@ -22,6 +22,7 @@ from d2qconv.quant.slabs import slabs
 from d2qconv.quant.sweep import LAZY_COLUMNS
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.activations import Place
+from d2qconv.walk.attribution import branch_bytes
 from d2qconv.walk.last_pass import LastPass
 from d2qconv.walk.rounding import Rounder
 from d2qconv.walk.stream import BATCH_TOKENS, JUDGED_TOKENS
@@ -119,13 +120,15 @@ def predict(
     budget: Budget,
     device: torch.device,
     last_pass: LastPass = LastPass(),  # noqa: B008 frozen
+    *,
+    is_attributed: bool = False,
 ) -> Footprint:
     """The first of device (a GPU's), host and disk with which both peaks are within the budget.
 
     If none is, the footprint of the disk with refusals. Sampling that does not fit is refused by itself: it needs
     the whole model, and a file of tokens does not.
     """
-    sizes = _Sizes(desc, calibration, n_held_out, recipe, device, last_pass)
+    sizes = _Sizes(desc, calibration, n_held_out, recipe, device, last_pass, is_attributed)
     is_cuda = device.type != "cpu"
     places = (Place.DEVICE, Place.HOST, Place.DISK) if is_cuda else (Place.HOST, Place.DISK)
     for place in places:
@@ -194,6 +197,7 @@ class _Sizes:
     recipe: Recipe
     device: torch.device
     last_pass: LastPass
+    is_attributed: bool = False
 
     def streams(self) -> Iterator[MemoryPart]:
         """Activations; the held-out sequences always run through the source too."""
@@ -209,6 +213,10 @@ class _Sizes:
             kept = self.calibration.sequences * per
             yield MemoryPart("inputs of the block for its last pass", kept, (*_BLOCK, Phase.REFINE))
         yield MemoryPart("held-out activations", 2 * self.n_held_out * per, (*throughout, Phase.JUDGE))
+        if self.is_attributed:
+            dims = self.desc.dims
+            n_bytes = branch_bytes(dims.n_layers, dims.hidden, self.n_held_out, self.calibration.length)
+            yield MemoryPart("branches for the attribution", n_bytes, (*throughout, Phase.JUDGE))
 
     def compute(self) -> Iterator[MemoryPart]:
         """What lies on the device besides activations."""

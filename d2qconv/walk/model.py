@@ -8,6 +8,7 @@ embedding and the head are in memory only while something is done with them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -36,9 +37,10 @@ from d2qconv.refine.settings import RefineNotes, n_reserved
 from d2qconv.team import Team
 from d2qconv.timing import timed
 from d2qconv.walk.activations import Activations, Placement
+from d2qconv.walk.attribution import Branches, Contributions, stream_error
 from d2qconv.walk.block import BlockNotes, BlockWalk
 from d2qconv.walk.last_pass import LastPass
-from d2qconv.walk.rounding import Rounder, TensorError, error_of
+from d2qconv.walk.rounding import Rounder, TensorError, embedding_error, error_of
 from d2qconv.walk.sharing import RowShare, SharedStore, refined_by_leader, same_tensors
 from d2qconv.walk.stream import JUDGED_TOKENS, Stream
 
@@ -47,12 +49,27 @@ INPUT, OUTPUT, REFINED = "input", "output", "refined"
 
 
 @dataclass(frozen=True)
+class BlockRecord:
+    """What is known of a block besides its tensors.
+
+    error: Σ‖x − s‖² / Σ‖s‖² of the held-out activations behind it, against the source's. seconds: that quantizing it
+    took; a block that an earlier run left keeps what it took there. refined: of a last pass block by block.
+    """
+
+    index: int
+    error: float
+    seconds: float
+    refined: RefineNotes | None = None
+
+
+@dataclass(frozen=True)
 class WalkResult:
     """What the walk measured. The tensors are in the store.
 
     divergence: of the finished model; unrefined: before the last pass, None if there was none or it changed nothing.
     importance: of every linear that was calibrated. refined: what the last pass over the whole model says; of one
-    block by block the notes are in `blocks`.
+    block by block the notes are in `blocks`. contributions: where the divergence comes from, if that was asked for; on
+    the team's leader alone.
     """
 
     divergence: Divergence
@@ -60,13 +77,17 @@ class WalkResult:
     folds: Sequence[FoldRecord]
     unrefined: Divergence | None = None
     refined: RefineNotes | None = None
-    blocks: Sequence[RefineNotes] = ()
+    blocks: Sequence[BlockRecord] = ()
     importance: Mapping[TensorId, Importance] = field(default_factory=dict)
+    contributions: Contributions | None = None
 
 
 @dataclass(frozen=True)
 class Walk:
-    """One run over a model. Of a team every process makes one, with all the tokens, and takes its share of them."""
+    """One run over a model. Of a team every process makes one, with all the tokens, and takes its share of them.
+
+    is_attributed: measure which part of the model the divergence comes from; changes no tensor.
+    """
 
     desc: ModelDesc
     plan: TargetPlan
@@ -78,6 +99,7 @@ class Walk:
     placement: Placement
     team: Team = field(default_factory=Team.alone)
     last_pass: LastPass = field(default_factory=LastPass)
+    is_attributed: bool = False
 
     @torch.inference_mode()
     def run(self) -> WalkResult:
@@ -85,11 +107,12 @@ class Walk:
         n_layers = self.desc.dims.n_layers
         self.watch.stage("quantize", n_layers + 1)
         notes = BlockNotes()
-        refined: list[RefineNotes] = []
+        blocks: list[BlockRecord] = []
         importance: dict[TensorId, Importance] = {}
         with tensor_cores(), _Files(self.desc, self.store) as files:
             files.read_ahead(0)
-            stream, judged = self._streams()
+            stream, judged = self._streams(notes)
+            branches = self._branches(judged)
             for index in range(n_layers):
                 self.watch.step(index, f"block {index}")
                 with timed("read"):
@@ -99,8 +122,12 @@ class Walk:
                 notes.errors += about.errors
                 notes.folds += about.folds
                 importance |= _by_tensor(about.importance, index)
-                refined += [] if about.refined is None else [about.refined]
                 judged.advance(block, teacher)
+                if branches is not None:
+                    branches.advance(judged, teacher)
+                error = stream_error(judged, self.team)
+                blocks.append(BlockRecord(index, error, about.seconds, about.refined))
+                self.watch.figure("error", error)
                 if self.team.total(not stream.x.is_finite()):
                     raise RunError("activations are not finite any more", where=f"block {index}")
                 del teacher, block
@@ -112,12 +139,32 @@ class Walk:
                 stream.close()
             divergence = self._compare(judged)
             self.watch.step(n_layers + 1, "output")
-            result = WalkResult(divergence, notes.errors, notes.folds, blocks=refined, importance=importance)
+            result = WalkResult(divergence, notes.errors, notes.folds, blocks=blocks, importance=importance)
             if self.last_pass.scope == "model":
                 result = self._refined(result, stream, judged)
+            if branches is not None:
+                result = replace(result, contributions=self._contributions(branches, judged, result))
             stream.close()
             judged.close()
         return result
+
+    def _branches(self, judged: Stream) -> Branches | None:
+        """The branches of the attribution, where it is asked for."""
+        if not (self.is_attributed and self.team.is_leader):
+            return None
+        return Branches(judged, self.desc.dims.n_layers, self.placement)
+
+    def _contributions(self, branches: Branches, judged: Stream, result: WalkResult) -> Contributions:
+        gain = self._source(TensorId(Role.FINAL_NORM))
+        head = self._source(TensorId(Role.EMBED if self.desc.is_tied else Role.HEAD))
+
+        def logits(x: Tensor) -> Tensor:
+            return rms_norm(x, gain, self.desc.norm_eps) @ head.T
+
+        before = result.divergence if result.unrefined is None else result.unrefined
+        after = None if result.unrefined is None else result.divergence
+        with tensor_cores(False), timed("attribution"):
+            return branches.measure(judged, logits, before, after)
 
     def _refined(self, result: WalkResult, stream: Stream, judged: Stream) -> WalkResult:
         """The last pass over the whole model, and the model judged again. The leader's sequences alone are seen."""
@@ -182,10 +229,13 @@ class Walk:
             changed |= _tensors(block, index)
         return changed, about
 
-    def _streams(self) -> tuple[Stream, Stream]:
+    def _streams(self, notes: BlockNotes) -> tuple[Stream, Stream]:
         """Calibration and held-out sequences, as far as they are this process's, embedded."""
+        embed = TensorId(Role.EMBED)
         embedding = self._embedding()
-        source = self.desc.tensors[TensorId(Role.EMBED)].load()
+        source = self.desc.tensors[embed].load()
+        if self.is_attributed:
+            notes.errors.append(embedding_error(str(embed), source, embedding, self.tokens.calibration))
         seen = source if self.rounder.needs_source or self.last_pass.steps else None
         ids, n_kept = self._sequences()
         stream = Stream.embedded(ids, embedding, seen, self.placement, self.team)
@@ -230,6 +280,7 @@ class Walk:
             block = self._stored_block(part)
             stream.advance(block, teacher)
             return block, self.store.notes(part, BlockNotes)
+        began = time.monotonic()
         is_refined = self.last_pass.scope == "block"
         start = self.placement.empty(*stream.x.shape) if is_refined else None
         if start is not None:
@@ -243,6 +294,7 @@ class Walk:
             quantized, notes.refined = self._refine_block(quantized, start, stream)
         floats = {str(role): t for role, t in (*quantized.norms.items(), *quantized.biases.items())}
         same_tensors(self.team, f"block {index}", floats)
+        notes.seconds = time.monotonic() - began
         files.write(part, _tensors(quantized, index), notes)
         block = _ready(self.desc, quantized)
         if start is None:

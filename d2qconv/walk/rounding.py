@@ -150,6 +150,23 @@ def error_of(tensor: str, w: Tensor, approximation: Held, statistics: InputStati
     return TensorError(tensor, weight / max(whole_weight, 1e-30), output / max(whole_output, 1e-30))
 
 
+def embedding_error(tensor: str, w: Tensor, approximation: Held, tokens: Tensor) -> TensorError:
+    """The same of an embedding, whose inputs are one-hot: its output error is that of the rows which tokens read.
+
+    w: [vocab, hidden] of any float dtype. tokens: i64, any shape. All on the CPU.
+    """
+    counts = torch.bincount(tokens.reshape(-1), minlength=len(w)).double()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for some in slabs(*w.shape):
+        part = decoded(approximation.rows(some) if isinstance(approximation, Coded) else approximation[some])
+        whole = w[some].float()
+        missed, energy = ((x * x).sum(1).double() for x in (whole - part, whole))
+        times = counts[some]
+        sums += torch.stack([missed.sum(), (missed * times).sum(), energy.sum(), (energy * times).sum()])
+    weight, output, whole_weight, whole_output = sums.tolist()
+    return TensorError(tensor, weight / max(whole_weight, 1e-30), output / max(whole_output, 1e-30))
+
+
 def _energies(w: Tensor, gram: Tensor) -> Sequence[Tensor]:
     """‖W‖² and tr(W H Wᵀ)."""
     return w.square().sum(), (w @ gram).mul_(w).sum()

@@ -262,6 +262,10 @@ class GgufExporter:
         """Facts of a GGUF; see `Exporter`. Reads no weights. Raises VerifyError if it is none."""
         return _facts(read(path))
 
+    def tensor_bytes(self, path: Path) -> Mapping[str, int]:
+        """What the headers say; see `Sizing`."""
+        return {name: tensor.n_bytes for name, tensor in read(path).tensors.items()}
+
     def _keys(self, desc: ModelDesc, checkpoint: Checkpoint, layout: Layout, file_type: int) -> list[KV]:
         ours = model_metadata(
             desc,

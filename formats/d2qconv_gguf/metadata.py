@@ -190,15 +190,7 @@ def rope_freqs(desc: ModelDesc) -> np.ndarray | None:
 
 def provenance_metadata(p: Provenance, digests: Mapping[str, str]) -> list[KV]:
     """Where the file comes from, and the digest of every tensor's decoded f32 values by its name in the file."""
-    keys = [
-        KV.text("d2qconv.version", p.version),
-        KV.text("d2qconv.fingerprint", p.fingerprint),
-        KV.text("d2qconv.source", p.source),
-        KV.text("d2qconv.source_license", p.source_license),
-        KV.text("d2qconv.recipe", p.recipe),
-        KV.text("d2qconv.calibration", p.calibration),
-    ]
-    keys += [KV.text(f"d2qconv.carrier.{kind}", how) for kind, how in sorted(p.carriers.items())]
+    keys = [KV.text(f"d2qconv.{name}", text) for name, text in p.facts().items()]
     if digests:
         keys.append(KV.texts("d2qconv.tensor_names", list(digests)))
         keys.append(KV.texts("d2qconv.decoded_sha256", list(digests.values())))

@@ -38,6 +38,12 @@ class Span:
     shape: tuple[int, ...]
     begin: int
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the array."""
+        dtype, _ = _DTYPES[self.kind]
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
     def raw(self) -> np.ndarray:
         """The array as stored; bf16 as u16, all 32-bit integers as u32."""
         dtype, _ = _DTYPES[self.kind]

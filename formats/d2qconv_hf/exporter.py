@@ -43,6 +43,7 @@ from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_hf import HfOptions, compatibility, types
 from d2qconv_hf.config import LABELS, Labelled, labelled, package_config
+from d2qconv_hf.container import open_folder
 from d2qconv_hf.dialects.base import Content, Dialect, Scheme
 from d2qconv_hf.dialects.compressed_tensors import CompressedTensors
 from d2qconv_hf.dialects.gptq import AutoRound, Gptq
@@ -130,6 +131,15 @@ class HfExporter:
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """The manifest's facts; see `Exporter`."""
         return inspected(path)
+
+    def tensor_bytes(self, path: Path) -> Mapping[str, int]:
+        """What the headers say; see `Sizing`. A matrix is stored in several arrays, all under its module's name."""
+        found: dict[str, int] = {}
+        for name, span in open_folder(path).spans.items():
+            module, _, last = name.rpartition(".")
+            stored_as = name if last == "bias" else f"{module}.weight"
+            found[stored_as] = found.get(stored_as, 0) + span.n_bytes
+        return found
 
     def _target(
         self,

@@ -42,6 +42,7 @@ from d2qconv.grids.exact import holds
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Role, TensorId
 from d2qconv_onnx import OnnxOptions, genai, types
+from d2qconv_onnx.container import open_model
 from d2qconv_onnx.data import DATA, write_data
 from d2qconv_onnx.graph import Settings, build
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN, stored_name
@@ -145,6 +146,15 @@ class OnnxExporter:
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """The manifest's facts; see `Exporter`."""
         return inspected(path)
+
+    def tensor_bytes(self, path: Path) -> Mapping[str, int]:
+        """What the headers say; see `Sizing`. A matrix is stored in several arrays."""
+        found: dict[str, int] = {}
+        for name, span in open_model(path).spans.items():
+            stem, _, last = name.rpartition(".")
+            stored_as = stem if last in ("codes", "scales", "zeros") else name
+            found[stored_as] = found.get(stored_as, 0) + span.n_bytes
+        return found
 
     def _option_refusals(self, model: ModelDesc) -> list[Refusal]:
         """What of the options cannot be meant."""

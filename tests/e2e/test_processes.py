@@ -85,10 +85,19 @@ def test_two_processes_make_what_one_makes(model, by_two, tmp_path):
         assert after["output"] == pytest.approx(before["output"], rel=0.1)
     assert one["n_tokens"] == two["n_tokens"]
     assert two["perplexity_source"] == pytest.approx(one["perplexity_source"], rel=1e-4)
-    assert [path.name for path in (*tmp_path.iterdir(), *two_path.parent.iterdir())] == [
-        "one.gguf",
-        "two.gguf",
-    ]
+    files = sorted([*tmp_path.iterdir(), *two_path.parent.iterdir()])
+    assert sorted(path.suffix for path in files) == [".gguf"] * 2 + [".html"] * 2 + [".json"] * 2
+    # The leader alone measures it, on its own sequences.
+    first, second = (
+        json.loads(path.with_name(f"{path.name}.report.json").read_text())
+        for path in (tmp_path / "one.gguf", two_path)
+    )
+    assert second["environment"]["processes"] == 2
+    assert sum(second["contribution"]["blocks"]) == pytest.approx(
+        sum(first["contribution"]["blocks"]), rel=0.5
+    )
+    for before, after in zip(first["blocks"], second["blocks"], strict=True):
+        assert after["error"] == pytest.approx(before["error"], rel=0.1)
 
 
 def test_more_processes_than_sequences(model, tmp_path):

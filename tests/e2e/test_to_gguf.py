@@ -73,7 +73,7 @@ def test_the_default_command_gives_a_verified_2_bit_file(capsys, tmp_path, model
     out = tmp_path / "m.gguf"
     code, report = to_gguf(capsys, model, out)
     assert code == 0
-    assert names(tmp_path) == ["m.gguf"]
+    assert names(tmp_path) == ["m.gguf", "m.gguf.report.html", "m.gguf.report.json"]
     assert report["n_bytes"] == out.stat().st_size
     assert all(check["is_passed"] for check in report["checks"])
     types = tensor_types(out)
@@ -156,10 +156,10 @@ def test_a_split_package_loads_by_its_first_file_and_replaces_an_older_set(capsy
     out = tmp_path / "m.gguf"
     for older in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
         (tmp_path / older).touch()
-    code = main(["to-gguf", str(LLAMA), "-o", str(out), *QUICK, "--max-shard-size", "500kB"])
+    code = main(["to-gguf", str(LLAMA), "-o", str(out), *QUICK, "--no-report", "--max-shard-size", "500kB"])
     assert code == 2
     assert "the output exists" in capsys.readouterr().err
-    nearest = ("--rounding", "nearest", "--overwrite")
+    nearest = ("--rounding", "nearest", "--overwrite", "--no-report")
     code, report = to_gguf(capsys, LLAMA, out, "--max-shard-size", "500kB", *nearest)
     assert code == 0, report
     n_files = len(names(tmp_path))
@@ -218,7 +218,7 @@ def test_two_runs_give_the_same_bytes(capsys, tmp_path, random_model):
 
 def test_killed_and_started_again_gives_the_same_bytes(capsys, tmp_path, random_model):
     model = random_model("qwen3", layers=3, ffn=256)
-    assert to_gguf(capsys, model, tmp_path / "straight.gguf")[0] == 0
+    assert to_gguf(capsys, model, tmp_path / "straight.gguf", "--no-report")[0] == 0
     out = tmp_path / "killed.gguf"
     out.write_bytes(b"an earlier file")
     command = [sys.executable, "-m", "d2qconv", "to-gguf", str(model), "-o", str(out), "--overwrite", *QUICK]

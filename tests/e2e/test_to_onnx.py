@@ -9,9 +9,10 @@ import torch
 import d2qconv
 from d2qconv.cli import main
 from d2qconv.names import Part, Role, TensorId
+from d2qconv.report.deep import deep_checks
 from d2qconv.testing.models import make_checkpoint
 from d2qconv_gguf.reader import read_model as read_gguf
-from d2qconv_onnx import types
+from d2qconv_onnx import INFO, types
 from d2qconv_onnx.container import open_model
 from d2qconv_onnx.reader import desc_of, read_model
 
@@ -33,7 +34,19 @@ def test_the_default_command_gives_a_verified_2_bit_folder(capsys, tmp_path, mod
     out = tmp_path / "m-onnx"
     code, report = to_onnx(capsys, model, out, "--sequences", "32", "--length", "64")
     assert code == 0
-    assert [f.name for f in tmp_path.iterdir()] == ["m-onnx"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "m-onnx",
+        "m-onnx.report.html",
+        "m-onnx.report.json",
+    ]
+    exporter = INFO.load(INFO.options())
+    deep = deep_checks(out, tmp_path / "m-onnx.report.json", exporter, str(model))
+    assert [c.name for c in deep if not c.is_passed or c.is_skipped] == []
+    (out / "more").touch()
+    assert [
+        c.name for c in deep_checks(out, tmp_path / "m-onnx.report.json", exporter) if not c.is_passed
+    ] == ["files"]
+    (out / "more").unlink()
     manifest = json.loads((out / "d2qconv.json").read_text())
     assert report["n_bytes"] == sum(record["n_bytes"] for record in manifest["files"].values())
     assert {f.name for f in out.iterdir()} == {*manifest["files"], "d2qconv.json"}

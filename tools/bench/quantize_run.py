@@ -83,6 +83,9 @@ class StampingWatch:
         if name == "quantize":
             self.steps.append((name, done, what, _now()))
 
+    def figure(self, name: str, value: float) -> None:
+        """Not stamped."""
+
     def note(self, text: str) -> None:
         self.notes.append(text)
 

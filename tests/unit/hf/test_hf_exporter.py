@@ -111,9 +111,13 @@ def test_the_reader_finds_bit_for_bit_what_was_quantized(tmp_path, dialect, opti
 @pytest.mark.parametrize("dialect", EXPORTERS)
 @pytest.mark.parametrize("options", [{}, {"type": "int3", "zero": "none"}, MIXED])
 def test_predicted_bytes_are_written(tmp_path, dialect, options):
-    _, planned, _, package = write(tmp_path / "p", dialect, "llama", Carrier.BIAS, **options)
+    exporter, planned, _, package = write(tmp_path / "p", dialect, "llama", Carrier.BIAS, **options)
     arrays = sum(s.raw().nbytes for s in open_folder(tmp_path / "p").spans.values())
     assert planned.n_bytes == arrays
+    found = exporter.tensor_bytes(tmp_path / "p")
+    assert {t.stored_as: t.n_bytes for t in planned.tensors} == {
+        t.stored_as: found[t.stored_as] for t in planned.tensors
+    }
     files = [f for f in (tmp_path / "p").iterdir() if f.name != "d2qconv.json"]
     assert package.n_bytes == sum(f.stat().st_size for f in files)
 

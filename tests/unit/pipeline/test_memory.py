@@ -94,6 +94,14 @@ def test_a_last_pass_counts(llama_8b, scope):
     assert "--refine 0" in refused.refusals[0].todo
 
 
+def test_the_branches_of_the_attribution_count(llama_8b):
+    plain = footprint(llama_8b, 1 << 50)
+    found = predict(llama_8b, SPEC, 12, Recipe(), Budget(1 << 50, 1 << 50), GPU, is_attributed=True)
+    (extra,) = [part for part in found.gpu if part.name not in {p.name for p in plain.gpu}]
+    assert extra.n_bytes == 32 * 2 * 256 * 4096 * 4
+    assert found.gpu_peak > plain.gpu_peak + extra.n_bytes
+
+
 def test_the_place_follows_from_the_budgets(llama_8b):
     everywhere = footprint(llama_8b, 1 << 50)
     assert everywhere.place is Place.DEVICE

@@ -1,0 +1,37 @@
+"""Where the report of a package lies. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from d2qconv.errors import InputError
+from d2qconv.export.package import check_output
+
+REPORT, PAGE = ".report.json", ".report.html"
+#: The names of the files of a split package, `d2qconv.export.file_set.member`.
+_MEMBER = re.compile(r"(.+)-\d{5}-of-\d{5}(\.[^.]+)")
+
+
+def report_of(package: Path) -> Path:
+    """`m.gguf.report.json` of `m.gguf` or one of its split files, `m.report.json` of a folder `m`."""
+    name = package.name or package.resolve().name
+    match = _MEMBER.fullmatch(name)
+    return package.with_name((match[1] + match[2] if match else name) + REPORT)
+
+
+def page_of(report: Path) -> Path:
+    """`m.gguf.report.html` of `m.gguf.report.json`; of another name, the same with `.html`."""
+    stem = report.name.removesuffix(REPORT)
+    return report.with_name(stem + PAGE if stem != report.name else report.stem + ".html")
+
+
+def check_report(package: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a report that could not be written at its end; raises InputError."""
+    report = report_of(package)
+    for path in (report, page_of(report)):
+        try:
+            check_output(path, overwrite)
+        except InputError as error:
+            todo = "name another output, add --overwrite, or leave the report out with --no-report"
+            raise InputError(f"the report: {error.what}", where=error.where, todo=todo) from error

@@ -1,0 +1,153 @@
+"""`verify --deep`: computes again everything that a package's report says and that can be computed.
+
+- report: report.json is, to the byte, what was written (its own digest);
+- page: the page beside it is what the report gives;
+- files: size and SHA-256 of every file of the package, and no file more;
+- provenance: what the package's own metadata say of its source and making is what the report says;
+- bytes of tensors: the package's own headers give every tensor the bytes that the report says;
+- source: the SHA-256 over the config and every weight of the source, if it is there to be read.
+
+So a changed byte in the package, the report or the page is found; who changed all of them alike, and knows how, is not:
+keep the report's digest elsewhere for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from d2qconv.arch.bind import bind
+from d2qconv.checkpoint.digest import content_digest
+from d2qconv.checkpoint.open import open_checkpoint
+from d2qconv.errors import InputError
+from d2qconv.export.base import Check, Exporter, Sizing
+from d2qconv.export.beside import page_of
+from d2qconv.report.collect import file_entries
+from d2qconv.report.page import render
+from d2qconv.report.schema import FileEntry, PackageEntry, Report, decode, is_intact, read_bytes
+
+#: Keys of a package's provenance without which there is nothing to compare.
+_NEEDED = ("fingerprint", "source")
+_SHOWN = 5
+
+
+def deep_checks(
+    package: Path,
+    report_path: Path,
+    exporter: Exporter,
+    source: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, str], None] = lambda _done, _what: None,
+) -> list[Check]:
+    """package: its file, the first or any of several, or its folder. source: the model, None not to read it.
+
+    Raises InputError if the report cannot be read at all, is of no such package, or if the source cannot be opened.
+    """
+    data = read_bytes(report_path)
+    report = decode(data, str(report_path))
+    entry = _entry(report, package, report_path)
+    checks = [_report_check(report, data), _page_check(report, data, page_of(report_path))]
+    checks += [_files_check(entry, package), _provenance_check(entry, exporter.inspect(package))]
+    if isinstance(exporter, Sizing) and entry is report.package:
+        checks.append(_sizes_check(report, exporter.tensor_bytes(package)))
+    checks.append(_source_check(report, source, revision, progress))
+    return checks
+
+
+def _entry(report: Report, package: Path, where: Path) -> PackageEntry:
+    """The package's own entry: by the name that it had, or the only one of its kind."""
+    entries = [report.package, *report.also]
+    named = [e for e in entries if package.name == e.name or package.name in {f.name for f in e.files}]
+    alike = [e for e in entries if e.is_folder == package.is_dir()]
+    found = named or alike
+    if len(found) != 1:
+        listed = ", ".join(e.name for e in entries)
+        raise InputError(
+            f"does not tell which of its packages {package.name} is; it is about {listed}",
+            where=str(where),
+            todo="give the package the name that it had, or name its report with --report",
+        )
+    return found[0]
+
+
+def _report_check(report: Report, data: bytes) -> Check:
+    if is_intact(data, report):
+        return Check(
+            "report", f"{len(data):,} bytes with the digest {report.digest[:16]}… that they have", True
+        )
+    return Check(
+        "report", "report.json was changed: its bytes do not have the digest that stands in it", False
+    )
+
+
+def _page_check(report: Report, data: bytes, page: Path) -> Check:
+    if not page.exists():
+        return Check("page", f"{page.name} is not there", True, is_skipped=True)
+    if read_bytes(page) == render(report, data):
+        return Check("page", f"{page.name} is what the report gives, byte for byte", True)
+    return Check(
+        "page", f"{page.name} is not what this report gives here: changed, or of another version", False
+    )
+
+
+def _files_check(entry: PackageEntry, package: Path) -> Check:
+    path = package if entry.is_folder else package.with_name(_given(entry, package))
+    try:
+        found = {f.name: f for f in file_entries(path, is_folder=entry.is_folder)}
+    except OSError as error:
+        return Check("files", f"cannot be read: {error.strerror or error}", False)
+    wanted = {f.name: f for f in entry.files}
+    wrong = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    if not entry.is_folder and len(entry.files) == 1 and _contents(wanted) == _contents(found):
+        # A file that was renamed is the same file.
+        wrong = []
+    if wrong:
+        return Check("files", f"not as the report has them: {_listed(wrong)}", False)
+    n_bytes = sum(f.n_bytes for f in wanted.values())
+    return Check("files", f"{len(wanted)} with {n_bytes:,} bytes, by SHA-256 as in the report", True)
+
+
+def _contents(files: Mapping[str, FileEntry]) -> list[tuple[int, str]]:
+    return [(f.n_bytes, f.sha256) for f in files.values()]
+
+
+def _given(entry: PackageEntry, package: Path) -> str:
+    """The name that all files of a set are made of."""
+    return package.name if len(entry.files) == 1 else entry.name
+
+
+def _provenance_check(entry: PackageEntry, facts: Mapping[str, Any]) -> Check:
+    said = {k.removeprefix("d2qconv."): str(v) for k, v in dict(facts.get("provenance", {})).items()}
+    missing = [key for key in _NEEDED if key not in said]
+    if missing:
+        return Check("provenance", f"the package does not say its {', '.join(missing)}", False)
+    common = sorted(set(said) & set(entry.provenance))
+    wrong = [key for key in common if said[key] != entry.provenance[key]]
+    if wrong:
+        return Check("provenance", f"package and report differ in {_listed(wrong)}", False)
+    return Check("provenance", f"{len(common)} facts in the package's metadata, as in the report", True)
+
+
+def _sizes_check(report: Report, sizes: Mapping[str, int]) -> Check:
+    wrong = [t.stored_as for t in report.tensors if sizes.get(t.stored_as) != t.n_bytes]
+    if wrong:
+        return Check("bytes of tensors", f"not as planned: {_listed(wrong)}", False)
+    total = sum(t.n_bytes for t in report.tensors)
+    return Check("bytes of tensors", f"{len(report.tensors)} take {total:,} bytes, each as planned", True)
+
+
+def _source_check(
+    report: Report, source: str | None, revision: str | None, progress: Callable[[int, str], None]
+) -> Check:
+    if source is None:
+        return Check("source", "not read; name it with --source", True, is_skipped=True)
+    checkpoint = open_checkpoint(source, revision=revision)
+    digest = content_digest(checkpoint.config, bind(checkpoint).tensors, progress)
+    if digest == report.source.sha256:
+        return Check("source", f"config and weights of {checkpoint.name} have the report's SHA-256", True)
+    return Check("source", f"{checkpoint.name} is not the model that was quantized: SHA-256 {digest}", False)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

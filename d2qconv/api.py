@@ -52,7 +52,7 @@ def plan(
     """What `quantize` will do: every tensor's storage, sizes, memory. Reads headers and configs, no weights.
 
     model: folder of a Hugging Face checkpoint, or a hub id. output: the package. to: the exporter's name. options: of
-    the exporter, its own dataclass (`d2qconv_gguf.GgufOptions`), None for its defaults. recipe, calibration: None for
+    the exporter, its own dataclass (`GgufOptions`, for one), None for its defaults. recipe, calibration: None for
     the defaults. carrier: of the mean shift, None for the most exact. also: further packages of the same codes, path by
     exporter. requantize: take a checkpoint that another tool has quantized, and quantize its values again. max_gpu_mem,
     max_host_mem: sizes such as `24GiB`. Raises InputError, PlanError with every refusal, PluginError.

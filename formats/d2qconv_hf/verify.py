@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from d2qconv.evaluate.agreement import distance
 from d2qconv.evaluate.reference import logits as reference_logits
 from d2qconv.export.base import Check, Progress
 from d2qconv.export.manifest import Manifest, files_check, read_manifest
-from d2qconv.export.planned import digest
 from d2qconv.threads import each
 from d2qconv_hf import runtime
 from d2qconv_hf.container import open_folder
@@ -49,8 +49,13 @@ def _record_check(model: Model, manifest: Manifest, progress: Progress) -> Check
 
     def work(name: str) -> tuple[str, bool, int]:
         matrix = model.matrices.get(name)
-        values = matrix.decode() if matrix is not None else model.folder.span(name).floats()
-        return digest([values]), bool(values.any()), values.size
+        pieces = matrix.pieces() if matrix is not None else model.folder.span(name).pieces()
+        sha, is_something, size = hashlib.sha256(), False, 0
+        for piece in pieces:
+            sha.update(np.ascontiguousarray(piece, dtype="<f4").data)
+            is_something = is_something or bool(piece.any())
+            size += piece.size
+        return sha.hexdigest(), is_something, size
 
     with closing(each(names, work, cost=lambda _: 0, budget=0, in_order=False)) as done:
         for number, (sha256, is_something, size) in done:

@@ -19,7 +19,7 @@ from d2qconv.allocate.allocation import Measurement, activation_bytes, refusals
 from d2qconv.allocate.allocation import allocate as choose_types
 from d2qconv.arch.bind import bind
 from d2qconv.arch.spec import ModelDesc
-from d2qconv.budget import PeakMeter, Peaks, choose_budget, limit_allocator
+from d2qconv.budget import PeakMeter, Peaks, choose_budget, host_limit, limit_allocator
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
     CalibrationTokens,
@@ -229,8 +229,9 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             held = store.leaders
             about = provenance(planned, tokens, spec, result)
             model = QuantizedModel(planned.desc, held.tensors(), about, result.importance)
-            others = _others(planned, model, watch)
-            package, checks = _package(planned, model, watch)
+            with host_limit(planned.footprint.budget.host_bytes):
+                others = _others(planned, model, watch)
+                package, checks = _package(planned, model, watch)
             held.delete()
             peaks = _largest([peaks, meter.peaks()])
     outcome = outcome_of(planned, package, checks, result, spec, time.monotonic() - started, peaks)

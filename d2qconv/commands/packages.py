@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
+from d2qconv.budget import host_limit, parse_size
 from d2qconv.commands.parameters import TALK, File, Format, ReportOptions
 from d2qconv.console import Console, by_steps
 from d2qconv.errors import InputError, VerifyError
 from d2qconv.export.base import ExporterInfo
 from d2qconv.export.discover import Found, find, for_file
 
+MAX_HOST_MEM = (
+    "Host memory to stay within, such as 1GiB; by default 80 % of what is free. The comparison bit for bit needs less "
+    "than that; a runtime that would need more is left out, and the check says so."
+)
+
 
 def add(app: App, found: Collection[Found], console: Console) -> None:
     """Add them."""
 
-    def verify(file: File, /, *, format_name: Format = "", report: ReportOptions = TALK) -> None:
+    def verify(
+        file: File,
+        /,
+        *,
+        format_name: Format = "",
+        max_host_mem: Annotated[str | None, Parameter(help=MAX_HOST_MEM)] = None,
+        report: ReportOptions = TALK,
+    ) -> None:
+        limit = None if max_host_mem is None else parse_size(max_host_mem, "--max-host-mem")
         info = exporter_of(file, format_name, found)
         exporter = info.load(info.default_options())
         report.tell(console)
-        with console.watch() as watch:
+        with console.watch() as watch, host_limit(limit):
             checks = exporter.verify(file, by_steps(watch, "verify"))
         console.show_checks(file, checks)
         failed = [c for c in checks if not c.is_passed]

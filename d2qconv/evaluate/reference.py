@@ -35,6 +35,17 @@ def logits(model: ModelDesc, tokens: Tensor, *, device: torch.device | str = "cp
     return found
 
 
+def needed_bytes(model: ModelDesc, n_positions: int) -> int:
+    """About the bytes that `logits` and a comparison with its result take.
+
+    The largest matrix of a block while it is read, put in order and used; logits in f32 of both sides.
+    """
+    blocks = [dense.n_elements for tensor, dense in model.tensors.items() if tensor.block is not None]
+    activations = n_positions * (4 * model.dims.ffn + 8 * model.dims.hidden)
+    logits_ = 3 * n_positions * model.dims.vocab
+    return 4 * (2 * max([*blocks, HEAD_PIECE]) + activations + logits_)
+
+
 def _embed(embedding: Dense, tokens: Tensor) -> Tensor:
     """f32[n_seq, length, hidden] of i64[n_seq, length], reading the rows of the tokens that occur."""
     used, place = torch.unique(tokens.cpu(), return_inverse=True)

@@ -7,7 +7,6 @@ are near those of a float reference and never equal. The KV cache is kept in f32
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from d2qconv.errors import PluginError, VerifyError
+from d2qconv.threads import n_cores
 
 _F32 = 0
 
@@ -28,11 +28,15 @@ def is_installed() -> bool:
 class LlamaCpp:
     """One GGUF, loaded. A context manager; llama.cpp's log is kept off stderr.
 
-    n_context: tokens of the longest sequence. n_threads: 0 for all cores. Raises VerifyError if llama.cpp refuses the
-    file, with its own words, and PluginError if cyllama is not installed.
+    n_context: tokens of the longest sequence. n_threads: 0 for all cores. is_mapped: weights stay in the file's pages,
+    which the system takes back when it needs them; otherwise llama.cpp copies those of some types into memory of its
+    own, in an order that is faster for its kernels. Raises VerifyError if llama.cpp refuses the file, with its own
+    words, and PluginError if cyllama is not installed.
     """
 
-    def __init__(self, path: Path, *, n_context: int = 512, n_threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, n_context: int = 512, n_threads: int = 0, is_mapped: bool = False
+    ) -> None:
         self._api = _import()
         self.n_context = n_context
         log: list[str] = []
@@ -40,6 +44,7 @@ class LlamaCpp:
         try:
             params = self._api.LlamaModelParams()
             params.n_gpu_layers = 0
+            params.use_extra_bufts = not is_mapped
             self._model = _model_class(self._api)(str(path), params)
             self._context = self._api.LlamaContext(self._model, self._context_params(n_threads))
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
@@ -119,7 +124,7 @@ class LlamaCpp:
     def _context_params(self, n_threads: int) -> Any:
         params = self._api.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = self.n_context
-        params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = n_threads or n_cores()
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0
         return params

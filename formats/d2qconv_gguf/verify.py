@@ -10,10 +10,12 @@ import torch
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import lacks_room
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.evaluate.agreement import distance
 from d2qconv.evaluate.reference import logits as reference_logits
+from d2qconv.evaluate.reference import needed_bytes
 from d2qconv.export.base import Check, Progress
 from d2qconv.threads import each
 from d2qconv_gguf.container import GgufFile, StoredTensor, read
@@ -161,8 +163,11 @@ def _structure_check(file: GgufFile, model: ModelDesc) -> Check:
 def _runtime_checks(file: GgufFile, model: ModelDesc, progress: Progress) -> list[Check]:
     """llama.cpp loads the file, and its logits are the reference's up to the rounding of its kernels."""
     length = min(N_TOKENS, model.max_positions)
+    lacking = lacks_room(needed_bytes(model, N_SEQUENCES * length))
+    if lacking:
+        return [Check("llama.cpp", f"{lacking}; not checked", True, is_skipped=True)]
     try:
-        with LlamaCpp(file.path, n_context=max(length, 8)) as runtime:
+        with LlamaCpp(file.path, n_context=max(length, 8), is_mapped=True) as runtime:
             loads = Check("llama.cpp loads it", runtime.version(), True)
             progress(0, 2, "llama.cpp")
             sequences = sample_sequences(runtime, N_SEQUENCES, length)

@@ -13,7 +13,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,13 +198,26 @@ def _physical() -> int | None:
         return None
 
 
+def host_memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process allow all that is in them, None if they set no limit."""
+    limits = []
+    for folder, limit, _, _ in _cgroups(root):
+        with suppress(OSError, ValueError):  # `max`, or a group without the controller
+            limits.append(int((folder / limit).read_text()))
+    return min(limits, default=None)
+
+
 def _cgroup_rooms(root: Path) -> list[int]:
     """What the control groups of this process still allow, the caches that they would drop counted as free."""
+    return [room for group in _cgroups(root) for room in _cgroup_room(*group)]
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Folders of this process's control groups and of those above; names of the files that say limit, use and cache."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
-    rooms: list[int] = []
+        return
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
@@ -218,8 +231,7 @@ def _cgroup_rooms(root: Path) -> list[int]:
         # In a container the path of the group may be the host's; its files then lie at the base.
         for folder in (inner, *inner.parents):
             if folder.is_relative_to(base):
-                rooms += _cgroup_room(folder, *names)
-    return rooms
+                yield (folder, *names)
 
 
 def _cgroup_room(folder: Path, limit: str, used: str, cache: str) -> list[int]:

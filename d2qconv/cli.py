@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from cyclopts import App, CycloptsError
 
 import d2qconv
-from d2qconv.commands import convert, demo, packages
+from d2qconv.commands import convert, demo, doctor, packages
 from d2qconv.console import Console
 from d2qconv.errors import D2qError, InputError
 from d2qconv.export.discover import discover
@@ -58,7 +58,7 @@ def make_app(console: Console) -> App:
         suppress_keyboard_interrupt=False,
     )
     found = discover()
-    for group in (convert, packages, demo):
+    for group in (convert, packages, doctor, demo):
         group.add(app, found, console)
     return app
 

@@ -20,12 +20,13 @@ from d2qconv import allocation_view
 from d2qconv.budget import Peaks, gibibytes
 from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
 from d2qconv.export.discover import Found
-from d2qconv.facts import check_facts, exporter_facts, outcome_facts, plan_facts
+from d2qconv.facts import check_facts, diagnosis_facts, exporter_facts, outcome_facts, plan_facts
 from d2qconv.progress import Unwatched, Watch
 from d2qconv.run import describe
 from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
+    from d2qconv.export.diagnosis import Diagnosis
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.job import Planned
     from d2qconv.names import TensorId
@@ -166,6 +167,21 @@ class Console:
             rows = [(f.name, f.info.summary if f.info else "", f.origin, f.state) for f in found]
             self._table(("exporter", "writes", "from", "state"), rows)
         self._line(f"{sum(f.is_ready for f in found)} of {len(found)} exporters ready")
+
+    def show_diagnosis(self, diagnosis: Diagnosis) -> None:
+        """What `doctor` found: facts, then the findings, what to do under each that has something to be done."""
+        if self._is_json:
+            self._emit(diagnosis_facts(diagnosis))
+            return
+        if not self._is_quiet:
+            self._pairs(_flatten(diagnosis.facts))
+            self._line()
+            for finding in diagnosis.findings:
+                self._line(f"{'WRONG' if finding.is_wrong else 'ok':<7} {finding.subject}: {finding.detail}")
+                if finding.todo:
+                    self._line(f"{'':<7}   → {finding.todo}")
+        n = len(diagnosis.wrong)
+        self._line(f"{diagnosis.about}: " + (f"{n} wrong" if n else "nothing is wrong"))
 
     def show_error(self, kind: str, message: str, exit_code: int, trace: str = "") -> None:
         """An error, on standard error; in JSON mode on standard output too, if nothing stands there yet."""

@@ -279,13 +279,35 @@ class Padder(Protocol):
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """A runtime that loads packages and that `verify` uses where it is installed.
+
+    distributions: as pip calls them, all of them needed; a module has the name of its distribution, `-` as `_`.
+    extra: the pip extra that brings them, empty if none does. details: `module:function`, gives facts of the installed
+    runtime by name; it is called in a process of its own.
+    """
+
+    name: str
+    distributions: tuple[str, ...]
+    extra: str = ""
+    details: str = ""
+
+    @property
+    def pip(self) -> str:
+        """The command that installs it."""
+        what = f"'d2qconv[{self.extra}]'" if self.extra else " ".join(self.distributions)
+        return f"pip install {what}"
+
+
+@dataclass(frozen=True)
 class ExporterInfo:
     """An exporter as it is known before it is loaded: the entry point's object. Imports nothing heavy.
 
     name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options.
     target: `module:Class`, called with the options. requires: modules that must be importable. extra: the pip
     extra that brings them. suffix: of the default output name. is_folder: a package is a folder that holds a manifest
-    (`d2qconv.export.manifest`), and not a file. example: the command's example in its help.
+    (`d2qconv.export.manifest`), and not a file. example: the command's example in its help. runtimes: what loads its
+    packages, for `doctor`.
     """
 
     name: str
@@ -299,6 +321,7 @@ class ExporterInfo:
     example: str = ""
     architectures: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    runtimes: tuple[Runtime, ...] = ()
 
     def missing(self) -> tuple[str, ...]:
         """The required modules that are not installed. Imports none of them."""

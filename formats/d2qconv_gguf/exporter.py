@@ -30,12 +30,14 @@ from d2qconv.export.base import (
     once_a_role,
     type_name,
 )
+from d2qconv.export.diagnosis import Finding
 from d2qconv.export.file_set import member
 from d2qconv.export.planned import shapes_with_biases
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, base_gguf, candidates, imatrix, shards, types, widths, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
+from d2qconv_gguf.diagnose import diagnose_file
 from d2qconv_gguf.metadata import (
     KV,
     METADATA_SHA256,
@@ -229,6 +231,10 @@ class GgufExporter:
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Check a written file with gguf-py and llama.cpp; see `Exporter`."""
         return verify_file(path, progress)
+
+    def diagnose(self, path: Path) -> Sequence[Finding]:
+        """What its header says is wrong, and which llama.cpp its types need; see `Diagnosing`."""
+        return diagnose_file(path)
 
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the file, in llama.cpp; see `Sampler`."""

@@ -26,6 +26,7 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
+from d2qconv.export.diagnosis import Finding
 from d2qconv.export.manifest import inspected
 from d2qconv.export.overrides import OverrideOption, last_that_holds
 from d2qconv.export.planned import (
@@ -43,6 +44,7 @@ from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Role, TensorId
 from d2qconv_onnx import OnnxOptions, genai, types
 from d2qconv_onnx.data import DATA, write_data
+from d2qconv_onnx.diagnose import diagnose_folder
 from d2qconv_onnx.graph import Settings, build
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN, stored_name
 from d2qconv_onnx.runtime import genai_sample, lacks
@@ -128,6 +130,10 @@ class OnnxExporter:
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
         """Decode with a reader of its own, then run in ONNX Runtime and GenAI; see `Exporter`."""
         return verify_folder(path, progress)
+
+    def diagnose(self, path: Path) -> Sequence[Finding]:
+        """What graph, config and places of the tensors say is wrong; see `Diagnosing`."""
+        return diagnose_folder(path)
 
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the package, in ONNX Runtime GenAI; see `Sampler`."""

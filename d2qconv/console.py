@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console as RichConsole
 
 from d2qconv import allocation_view
-from d2qconv.budget import Peaks, gibibytes
-from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
-from d2qconv.export.discover import Found
 from d2qconv.facts import check_facts, diagnosis_facts, exporter_facts, outcome_facts, plan_facts
 from d2qconv.progress import Unwatched, Watch
-from d2qconv.run import describe
 from d2qconv.watches import BarWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
+    from d2qconv.budget import Peaks
+    from d2qconv.export.base import Check, Progress, TargetPlan, TensorPlan
     from d2qconv.export.diagnosis import Diagnosis
+    from d2qconv.export.discover import Found
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.job import Planned
     from d2qconv.names import TensorId
@@ -107,6 +106,8 @@ class Console:
         """What is about to be done, in normal mode: the plan by role, the recipe, the calibration, the device."""
         if self._is_json or self._is_quiet:
             return
+        from d2qconv.run import describe
+
         self.show_plan(planned, is_all=False)
         job = planned.job
         calibration = job.calibration
@@ -177,7 +178,8 @@ class Console:
             self._pairs(_flatten(diagnosis.facts))
             self._line()
             for finding in diagnosis.findings:
-                self._line(f"{'WRONG' if finding.is_wrong else 'ok':<7} {finding.subject}: {finding.detail}")
+                label = "WRONG" if finding.is_wrong else "note" if finding.todo else "ok"
+                self._line(f"{label:<7} {finding.subject}: {finding.detail}")
                 if finding.todo:
                     self._line(f"{'':<7}   → {finding.todo}")
         n = len(diagnosis.wrong)
@@ -328,6 +330,8 @@ def _last_pass(last_pass: LastPass) -> str:
 
 def _footprint_pairs(footprint: Footprint) -> Iterator[tuple[str, str]]:
     """Predicted peaks beside the budget, and where the activations will be."""
+    from d2qconv.budget import gibibytes
+
     budget = footprint.budget
     if budget.gpu_bytes is not None:
         yield (
@@ -345,6 +349,8 @@ def _footprint_pairs(footprint: Footprint) -> Iterator[tuple[str, str]]:
 
 def _peak_pairs(peaks: Peaks, footprint: Footprint) -> Iterator[tuple[str, str]]:
     """Measured peaks beside the predicted."""
+    from d2qconv.budget import gibibytes
+
     if peaks.gpu_allocated is not None and peaks.gpu_reserved is not None:
         yield (
             "GPU memory",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from d2qconv import allocation_view
-from d2qconv.export.base import Check
-from d2qconv.export.discover import Found
 
 if TYPE_CHECKING:
+    from d2qconv.export.base import Check
     from d2qconv.export.diagnosis import Diagnosis
+    from d2qconv.export.discover import Found
     from d2qconv.job import Planned
     from d2qconv.outcome import Outcome
 

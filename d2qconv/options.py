@@ -7,26 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
-from cyclopts import Group, Parameter
-
+from d2qconv.report_options import Flag, OutputPath, group
 from d2qconv.run import CalibrationSpec, Recipe
 
-if TYPE_CHECKING:
-    from d2qconv.console import Console
 
-
-def _group(title: str, place: int) -> Parameter:
-    """Fields of a dataclass as options of their own, under one heading of the help."""
-    return Parameter(name="*", group=Group(title, sort_key=place))
-
-
-Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-OutputPath = Annotated[Path | None, Parameter(name=("--output", "-o"))]
-
-
-@_group("Output", 1)
+@group("Output", 1)
 @dataclass(frozen=True)
 class Output:
     """What is written, and where."""
@@ -44,7 +31,7 @@ class Output:
     """With --dry-run: list every tensor instead of a summary by role."""
 
 
-@_group("Calibration", 3)
+@group("Calibration", 3)
 @dataclass(frozen=True)
 class Calibration:
     """CalibrationSpec, as options."""
@@ -66,7 +53,7 @@ class Calibration:
         return CalibrationSpec(self.calibration, self.sequences, self.length, self.seed, self.own)
 
 
-@_group("Method", 4)
+@group("Method", 4)
 @dataclass(frozen=True)
 class Method:
     """Recipe and carrier, as options."""
@@ -132,7 +119,7 @@ class Method:
         )
 
 
-@_group("Machine", 5)
+@group("Machine", 5)
 @dataclass(frozen=True)
 class Machine:
     """Where the work is done."""
@@ -147,21 +134,6 @@ class Machine:
     """Host memory to stay within; activations go to the GPU, to host memory or to disk accordingly. By default 80 %."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
-
-
-@_group("Report", 6)
-@dataclass(frozen=True)
-class Report:
-    """What is printed."""
-
-    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", show_default=False)] = False
-    """Print only the last line."""
-    json: Flag = False
-    """Print one JSON object on standard output, and nothing else."""
-
-    def tell(self, console: Console) -> None:
-        """Have the console print so."""
-        console.ask(is_json=self.json, is_quiet=self.quiet)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from d2qconv.budget import host_limit, parse_size
 from d2qconv.commands.parameters import TALK, File, Format, ReportOptions
 from d2qconv.console import Console, by_steps
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.base import ExporterInfo
 from d2qconv.export.discover import Found, find, for_file
+from d2qconv.export.info import ExporterInfo
 
 MAX_HOST_MEM = (
     "Host memory to stay within, such as 1GiB; by default 80 % of what is free. The comparison bit for bit needs less "
@@ -32,6 +31,8 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
         max_host_mem: Annotated[str | None, Parameter(help=MAX_HOST_MEM)] = None,
         report: ReportOptions = TALK,
     ) -> None:
+        from d2qconv.budget import host_limit, parse_size
+
         limit = None if max_host_mem is None else parse_size(max_host_mem, "--max-host-mem")
         info = exporter_of(file, format_name, found)
         exporter = info.load(info.default_options())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ def diagnose(what: str | None, found: Collection[Found], *, format_name: str = "
     path = Path(what).expanduser()
     if format_name or path.is_file() or (path / MANIFEST).is_file():
         return package_diagnosis(path, found, format_name)
-    return model_diagnosis(what, found)
+    diagnosis = model_diagnosis(what, found)
+    if not (diagnosis.wrong and path.is_dir()):
+        return diagnosis
+    detail = f"there is none ({MANIFEST}), so the folder was taken for a model; every folder that d2qconv wrote has one"
+    return replace(diagnosis, findings=(*diagnosis.findings, Finding("manifest", detail)))
 
 
 def machine_diagnosis(found: Collection[Found]) -> Diagnosis:

@@ -50,4 +50,9 @@ def _runtime_findings(model: Model, dialect: str) -> Iterator[Finding]:
     for row in lines(asked):
         how = f": {row.how}" if row.how and row.verdict is not Verdict.NEEDS else f" {row.how}".rstrip()
         read_only = "" if row.evidence == "run" else " (by its code, not run)"
-        yield Finding(f"{row.runtime} {row.version}", f"{row.verdict}{how}{read_only}")
+        todo = (
+            ""
+            if row.verdict in (Verdict.LOADS, Verdict.NEEDS)
+            else "use another runtime, or another format for it"
+        )
+        yield Finding(f"{row.runtime} {row.version}", f"{row.verdict}{how}{read_only}", None, todo)

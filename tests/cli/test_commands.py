@@ -230,18 +230,20 @@ def cpu_seconds(*words):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.fixture(scope="module")
-def slowness():
-    """How much slower than usual this machine is now: cyclopts alone takes 0.115 s of CPU time to import."""
-    return max(1.0, min(cpu_seconds("-c", "import cyclopts") for _ in range(5)) / 0.115)
+def is_quick(line, most):
+    """Whether it takes less than `most` s of CPU time, or as much longer as cyclopts takes longer than usual just now.
+
+    cyclopts alone takes 0.10 s to import where this was measured; other work on a machine makes both longer.
+    """
+    ours, cyclopts = cpu_seconds("-m", "d2qconv", *line.split()), cpu_seconds("-c", "import cyclopts")
+    return ours < most * max(1.0, cyclopts / 0.10)
 
 
 @pytest.mark.parametrize(
     ("line", "most"), [("--help", 0.3), ("--version", 0.3), ("exporters", 0.3), ("doctor --help", 0.4)]
 )
-def test_what_only_tells_is_quick(line, most, slowness):
-    """Other work on a machine makes it longer, never shorter, so the best of some tries counts."""
-    assert min(cpu_seconds("-m", "d2qconv", *line.split()) for _ in range(5)) < most * slowness
+def test_what_only_tells_is_quick(line, most):
+    assert any(is_quick(line, most) for _ in range(8))
 
 
 def test_version(d2q):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from d2qconv.export.base import type_name
-
 if TYPE_CHECKING:
     from d2qconv.allocate.allocation import Allocation, Chosen
     from d2qconv.names import TensorId
@@ -16,6 +14,8 @@ HEADER = ("matrix", "blocks", "type", "bytes", "bits/weight", "predicted KLD")
 
 def rows(allocation: Allocation, weights: Mapping[TensorId, int]) -> list[Sequence[str]]:
     """One row for all matrices of a role that have one type, in the order of the package. weights: their numbers."""
+    from d2qconv.export.base import type_name
+
     alike: dict[tuple[str, str], list[TensorId]] = {}
     roles = dict.fromkeys(tensor.role for tensor in allocation.tensors)
     for role in roles:
@@ -67,6 +67,8 @@ def prediction(allocation: Allocation) -> str:
 
 def facts(allocation: Allocation) -> dict[str, Any]:
     """As JSON."""
+    from d2qconv.export.base import type_name
+
     return {
         "asked": allocation.asked,
         "budget_bytes": allocation.budget,

@@ -12,6 +12,9 @@ import re
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +33,9 @@ CUDA_CONTEXT = 800 << 20
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 #: Seconds between two looks at the process's memory.
 LOOK_EVERY = 0.02
+
+#: Bytes that the process may hold by `host_limit`, None where nobody said.
+_HOST_LIMIT: ContextVar[int | None] = ContextVar("host_limit", default=None)
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?)b?|b)?\s*", re.IGNORECASE)
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -143,6 +149,40 @@ def available_host_bytes(root: Path = Path("/")) -> int:
     return max(min(limits), 0)
 
 
+@contextmanager
+def host_limit(n_bytes: int | None) -> Iterator[None]:
+    """Within it `host_room` counts as if this process could hold no more. None sets no limit."""
+    token = _HOST_LIMIT.set(n_bytes)
+    try:
+        yield
+    finally:
+        _HOST_LIMIT.reset(token)
+
+
+def host_room() -> int:
+    """Bytes that this process may still take: of what is free HOST_SHARE, and no more than `host_limit` leaves."""
+    room = int(available_host_bytes() * HOST_SHARE)
+    limit = _HOST_LIMIT.get()
+    return room if limit is None else max(min(room, limit - (held_host_bytes() or 0)), 0)
+
+
+def lacks_room(n_bytes: int) -> str:
+    """Why work that takes about `n_bytes` more of host memory must not begin; empty if it may.
+
+    Where the system does not say what is free, it may.
+    """
+    try:
+        room = host_room()
+    except InputError:
+        return ""
+    if n_bytes <= room:
+        return ""
+    return (
+        f"it would take about {gibibytes(n_bytes)} of host memory, and {gibibytes(room)} may be taken"
+        " (--max-host-mem, or what is free)"
+    )
+
+
 def _meminfo(path: Path) -> int | None:
     try:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", path.read_text(), re.MULTILINE)
@@ -158,13 +198,26 @@ def _physical() -> int | None:
         return None
 
 
+def host_memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process allow all that is in them, None if they set no limit."""
+    limits = []
+    for folder, limit, _, _ in _cgroups(root):
+        with suppress(OSError, ValueError):  # `max`, or a group without the controller
+            limits.append(int((folder / limit).read_text()))
+    return min(limits, default=None)
+
+
 def _cgroup_rooms(root: Path) -> list[int]:
     """What the control groups of this process still allow, the caches that they would drop counted as free."""
+    return [room for group in _cgroups(root) for room in _cgroup_room(*group)]
+
+
+def _cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Folders of this process's control groups and of those above; names of the files that say limit, use and cache."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
-    rooms: list[int] = []
+        return
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
@@ -178,8 +231,7 @@ def _cgroup_rooms(root: Path) -> list[int]:
         # In a container the path of the group may be the host's; its files then lie at the base.
         for folder in (inner, *inner.parents):
             if folder.is_relative_to(base):
-                rooms += _cgroup_room(folder, *names)
-    return rooms
+                yield (folder, *names)
 
 
 def _cgroup_room(folder: Path, limit: str, used: str, cache: str) -> list[int]:

@@ -8,24 +8,30 @@ Exit codes are those of `d2qconv.errors`; 1 is a bug of ours, 130 an interrupt (
 
 from __future__ import annotations
 
+import d2qconv.startup  # isort: split
+
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from cyclopts import App, CycloptsError
 
-import d2qconv
-from d2qconv.commands import convert, demo, evaluate, packages, report
+from d2qconv.commands import convert, demo, doctor, evaluate, packages, report
 from d2qconv.console import Console
 from d2qconv.errors import D2qError, InputError
 from d2qconv.export.discover import discover
+from d2qconv.startup import paused
+
+d2qconv.startup.end()
 
 EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
+#: Words that ask for nothing but text.
+TOLD = {"--help", "-h", "--version"}
 #: Set to anything, every error comes with its traceback.
 TRACEBACK = "D2QCONV_TRACEBACK"
 
@@ -46,8 +52,11 @@ EXIT_CODES = """Exit codes:
   130  interrupted; the same command goes on"""
 
 
-def make_app(console: Console) -> App:
-    """All commands, one `to-<name>` for each exporter that is not broken among them."""
+def make_app(console: Console, words: Sequence[str] | None = None) -> App:
+    """All commands, one `to-<name>` for each exporter that is not broken among them.
+
+    words: a command line; of the conversions those that it does not name need not be whole. None for all.
+    """
     app = App(
         name="d2qconv",
         version=d2qconv.__version__,
@@ -58,7 +67,8 @@ def make_app(console: Console) -> App:
         suppress_keyboard_interrupt=False,
     )
     found = discover()
-    for group in (convert, packages, evaluate, report, demo):
+    convert.add(app, found, console, words)
+    for group in (packages, evaluate, report, doctor, demo):
         group.add(app, found, console)
     return app
 
@@ -72,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(is_json="--json" in words)
     try:
         with _terminate_like_interrupt():
-            make_app(console)(words, exit_on_error=False, print_error=False)
+            with paused():
+                app = make_app(console, words)
+            # What is only told ends the process.
+            with paused() if not words or TOLD & set(words) else nullcontext():
+                app(words, exit_on_error=False, print_error=False)
             sys.stdout.flush()
     except CycloptsError as error:
         command = " ".join(error.command_chain or ())

@@ -17,16 +17,22 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console as RichConsole
 
 from d2qconv import allocation_view, evaluation_view, import_view
-from d2qconv.budget import Peaks, gibibytes
-from d2qconv.export.base import Check, TargetPlan, TensorPlan
-from d2qconv.export.beside import page_of
-from d2qconv.export.discover import Found
-from d2qconv.facts import check_facts, evaluation_facts, exporter_facts, outcome_facts, plan_facts
+from d2qconv.facts import (
+    check_facts,
+    diagnosis_facts,
+    evaluation_facts,
+    exporter_facts,
+    outcome_facts,
+    plan_facts,
+)
 from d2qconv.progress import Unwatched, Watch
-from d2qconv.run import describe
 from d2qconv.watches import BarWatch, JsonWatch, LineWatch, duration, time_column
 
 if TYPE_CHECKING:
+    from d2qconv.budget import Peaks
+    from d2qconv.export.base import Check, TargetPlan, TensorPlan
+    from d2qconv.export.diagnosis import Diagnosis
+    from d2qconv.export.discover import Found
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
@@ -144,6 +150,8 @@ class Console:
         """What is about to be done, in normal mode: the plan by role, the recipe, the calibration, the device."""
         if self._is_json or self._is_quiet:
             return
+        from d2qconv.run import describe
+
         self.show_plan(planned, is_all=False)
         job = planned.job
         calibration = job.calibration
@@ -219,6 +227,22 @@ class Console:
             rows = [(f.name, f.info.summary if f.info else "", f.origin, f.state) for f in found]
             self._table(("exporter", "writes", "from", "state"), rows)
         self._line(f"{sum(f.is_ready for f in found)} of {len(found)} exporters ready")
+
+    def show_diagnosis(self, diagnosis: Diagnosis) -> None:
+        """What `doctor` found: facts, then the findings, what to do under each that has something to be done."""
+        if self._is_json:
+            self._emit(diagnosis_facts(diagnosis))
+            return
+        if not self._is_quiet:
+            self._pairs(_flatten(diagnosis.facts))
+            self._line()
+            for finding in diagnosis.findings:
+                label = "WRONG" if finding.is_wrong else "note" if finding.todo else "ok"
+                self._line(f"{label:<7} {finding.subject}: {finding.detail}")
+                if finding.todo:
+                    self._line(f"{'':<7}   → {finding.todo}")
+        n = len(diagnosis.wrong)
+        self._line(f"{diagnosis.about}: " + (f"{n} wrong" if n else "nothing is wrong"))
 
     def show_error(self, kind: str, message: str, exit_code: int, trace: str = "") -> None:
         """An error, on standard error; in JSON mode on standard output too, if nothing stands there yet."""
@@ -374,6 +398,8 @@ def _last_pass(last_pass: LastPass) -> str:
 
 def _footprint_pairs(footprint: Footprint) -> Iterator[tuple[str, str]]:
     """Predicted peaks beside the budget, and where the activations will be."""
+    from d2qconv.budget import gibibytes
+
     budget = footprint.budget
     if budget.gpu_bytes is not None:
         yield (
@@ -391,6 +417,8 @@ def _footprint_pairs(footprint: Footprint) -> Iterator[tuple[str, str]]:
 
 def _peak_pairs(peaks: Peaks, footprint: Footprint) -> Iterator[tuple[str, str]]:
     """Measured peaks beside the predicted."""
+    from d2qconv.budget import gibibytes
+
     if peaks.gpu_allocated is not None and peaks.gpu_reserved is not None:
         yield (
             "GPU memory",
@@ -427,6 +455,8 @@ def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield from _peak_pairs(outcome.peaks, outcome.footprint)
     yield "took", duration(outcome.seconds)
     if outcome.report is not None:
+        from d2qconv.export.beside import page_of
+
         yield "report", f"{outcome.report}, and {page_of(outcome.report).name} to look at"
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from d2qconv import allocation_view
-from d2qconv.export.base import Check, TargetPlan
-from d2qconv.export.discover import Found
 
 if TYPE_CHECKING:
+    from d2qconv.export.base import Check, TargetPlan
+    from d2qconv.export.diagnosis import Diagnosis
+    from d2qconv.export.discover import Found
     from d2qconv.job import Planned
     from d2qconv.measure.result import Evaluated, Tasked
     from d2qconv.outcome import AlsoWritten, Outcome
@@ -21,6 +22,25 @@ def check_facts(check: Check) -> dict[str, Any]:
         "detail": check.detail,
         "is_passed": check.is_passed,
         "is_skipped": check.is_skipped,
+    }
+
+
+def diagnosis_facts(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What `doctor` found, as JSON."""
+    return {
+        "about": diagnosis.about,
+        "is_well": not diagnosis.wrong,
+        "facts": diagnosis.facts,
+        "findings": [
+            {
+                "subject": f.subject,
+                "detail": f.detail,
+                "is_wrong": f.is_wrong,
+                "error": f.error.__name__ if f.error else None,
+                "todo": f.todo,
+            }
+            for f in diagnosis.findings
+        ],
     }
 
 

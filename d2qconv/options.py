@@ -7,27 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
-from cyclopts import Group, Parameter
-
-from d2qconv.errors import InputError
+from d2qconv.report_options import Flag, OutputPath, group
 from d2qconv.run import CalibrationSpec, Recipe
 
-if TYPE_CHECKING:
-    from d2qconv.console import Console
 
-
-def _group(title: str, place: int) -> Parameter:
-    """Fields of a dataclass as options of their own, under one heading of the help."""
-    return Parameter(name="*", group=Group(title, sort_key=place))
-
-
-Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-OutputPath = Annotated[Path | None, Parameter(name=("--output", "-o"))]
-
-
-@_group("Output", 1)
+@group("Output", 1)
 @dataclass(frozen=True)
 class Output:
     """What is written, and where."""
@@ -51,7 +37,7 @@ class Output:
     and everything needed to make it again."""
 
 
-@_group("Calibration", 3)
+@group("Calibration", 3)
 @dataclass(frozen=True)
 class Calibration:
     """CalibrationSpec, as options."""
@@ -73,7 +59,7 @@ class Calibration:
         return CalibrationSpec(self.calibration, self.sequences, self.length, self.seed, self.own)
 
 
-@_group("Method", 4)
+@group("Method", 4)
 @dataclass(frozen=True)
 class Method:
     """Recipe and carrier, as options."""
@@ -139,7 +125,7 @@ class Method:
         )
 
 
-@_group("Machine", 5)
+@group("Machine", 5)
 @dataclass(frozen=True)
 class Machine:
     """Where the work is done."""
@@ -154,87 +140,6 @@ class Machine:
     """Host memory to stay within; activations go to the GPU, to host memory or to disk accordingly. By default 80 %."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
-
-
-@_group("Measure", 1)
-@dataclass(frozen=True)
-class Measure:
-    """What a package is measured with."""
-
-    source: str | None = None
-    """Folder or hub id of the model that the package was made from; without it only the package's own perplexity is
-    measured."""
-    text: str | None = None
-    """A text, JSONL or token file, or a hub data set org/name[:split]; by default tokens sampled from the source."""
-    chunks: int | None = None
-    """Chunks to read, the first ones. By default the whole text, or 20 sampled ones."""
-    context: int | None = None
-    """Tokens of a chunk, by default 512; what its second half says of the next tokens is judged, as llama-perplexity
-    does. With --tasks: of the longest prompt, by default 2048."""
-    baseline: Path | None = None
-    """Another package, measured at the same tokens and compared."""
-    tasks: str | None = None
-    """Tasks of lm-evaluation-harness to score the package by, such as arc_easy,hellaswag; those whose output is chosen
-    or scored, not written."""
-    limit: int | None = None
-    """Samples of each task, its first ones. By default all."""
-    shots: int | None = None
-    """Examples before each sample. By default the task's own number."""
-    task_folder: Path | None = None
-    """A folder with task files of one's own."""
-    seed: int = 0
-    """Seed of the sampling."""
-    device: str | None = None
-    """Where the source is computed: cpu, cuda, cuda:1, … By default the first GPU, or the CPU if there is none."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub checkpoint."""
-    output: OutputPath = None
-    """Write what --json prints into this file too."""
-    overwrite: Flag = False
-    """Replace that file if it exists."""
-
-
-@_group("Report", 6)
-@dataclass(frozen=True)
-class Report:
-    """What is printed."""
-
-    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", show_default=False)] = False
-    """Print only the last line."""
-    json: Flag = False
-    """Print one JSON object on standard output, and nothing else."""
-    progress: Literal["auto", "bar", "lines", "json", "none"] = "auto"
-    """On standard error: a bar, lines, or a JSON object a line. auto is a bar on a terminal, lines elsewhere, and
-    nothing with --quiet or --json."""
-
-    def tell(self, console: Console) -> None:
-        """Have the console print so."""
-        console.ask(is_json=self.json, is_quiet=self.quiet, progress=self.progress)
-
-
-@_group("Deep", 2)
-@dataclass(frozen=True)
-class Deep:
-    """How far a package is verified."""
-
-    deep: Flag = False
-    """Compute again everything that the package's report says, and compare: of package, report and page every byte."""
-    report: Path | None = None
-    """With --deep: the report. By default PACKAGE.report.json."""
-    source: str | None = None
-    """With --deep: the model that was quantized; its config and weights are read and compared."""
-    revision: str | None = None
-    """With --source: branch, tag or commit of a hub checkpoint."""
-
-    def check(self) -> None:
-        """Raise InputError for options that would do nothing."""
-        alone = [
-            name
-            for name in ("report", "source", "revision")
-            if getattr(self, name) is not None and not self.deep
-        ]
-        if alone:
-            raise InputError("does nothing without --deep", where=f"--{alone[0]}", todo="add --deep")
 
 
 @dataclass(frozen=True)

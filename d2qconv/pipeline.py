@@ -17,7 +17,7 @@ from d2qconv import __version__
 from d2qconv.allocate.allocation import Measurement, activation_bytes, refusals
 from d2qconv.allocate.allocation import allocate as choose_types
 from d2qconv.arch.bind import bind
-from d2qconv.budget import PeakMeter, Peaks, choose_budget, limit_allocator
+from d2qconv.budget import PeakMeter, Peaks, choose_budget, host_limit, limit_allocator
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
     CalibrationTokens,
@@ -224,9 +224,10 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             held = store.leaders
             about = provenance(planned, tokens, spec, result)
             model = QuantizedModel(planned.desc, held.tensors(), about, result.importance)
-            others = _others(planned, model, watch)
             overwrite = planned.job.overwrite
-            package, checks = write_package(planned.main, model, planned.checkpoint, overwrite, watch)
+            with host_limit(planned.footprint.budget.host_bytes):
+                others = _others(planned, model, watch)
+                package, checks = write_package(planned.main, model, planned.checkpoint, overwrite, watch)
             peaks = _largest([peaks, meter.peaks()])
             seconds = time.monotonic() - started
             outcome = replace(outcome_of(planned, package, checks, result, spec, seconds, peaks), also=others)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal
-
-import msgspec
 
 from d2qconv.errors import InputError
 
@@ -84,7 +81,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise InputError(f"{number} is less than {least}", where=name)
 
 
-class RunSpec(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class RunSpec:
     """Everything that determines the quantized weights: on one machine, equal fingerprints give equal weights.
 
     torch: its version. exporter: its name. model: digest of the config and of every weight. storage: planned type per
@@ -107,6 +105,11 @@ class RunSpec(msgspec.Struct, frozen=True):
 
     def fingerprint(self) -> str:
         """SHA-256 of the spec's canonical JSON, hex."""
+        # Not at the top: the command line loads this module for its options.
+        import hashlib
+
+        import msgspec
+
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2qconv.errors import InputError, PluginError
 
 ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
+#: Of them what says how a model is made, without its weights.
+DESCRIBING = tuple(pattern for pattern in ALLOWED if pattern != "*.safetensors")
 #: Files in sub-folders (`original/`, `onnx/`) and a second copy of the weights in another naming.
 IGNORED = ("*/*", "consolidated*.safetensors")
 
 
-def download(name: str, revision: str | None) -> Path:
-    """Folder of the snapshot of `org/name`; its last component is the commit.
+def download(name: str, revision: str | None, patterns: Sequence[str] = ALLOWED) -> Path:
+    """Folder of the snapshot of `org/name`; its last component is the commit. patterns: of the files that are fetched.
 
     Raises PluginError without huggingface_hub; InputError if the repository, the revision or the network is
     not there.
@@ -25,7 +28,7 @@ def download(name: str, revision: str | None) -> Path:
         ) from error
     try:
         path = snapshot_download(
-            name, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)
+            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(IGNORED)
         )
     # The library's errors come from its own tree, from its HTTP client and from the system.
     except Exception as error:

@@ -64,6 +64,11 @@ class Checkpoint:
         return self.path.resolve().name if is_local else self.source
 
 
+def is_hub_name(model: str) -> bool:
+    """Whether it is of the form org/name."""
+    return _HUB_NAME.fullmatch(model) is not None
+
+
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     """Open a local folder if one has that name, else the hub's `org/name`.
 
@@ -83,7 +88,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
                 f"revision {revision!r} belongs to a hub name, and this is a folder", where=model
             )
         folder = local
-    elif _HUB_NAME.fullmatch(model):
+    elif is_hub_name(model):
         folder = download(model, revision)
     else:
         raise InputError("no such folder, and not a hub name like org/name", where=model)

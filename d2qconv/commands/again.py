@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2qconv.commands.parameters import common_options
+from d2qconv.commands.conversion import common_options
 from d2qconv.export.base import ExporterInfo
 from d2qconv.options import Settings
 

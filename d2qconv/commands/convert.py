@@ -9,31 +9,51 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
-from d2qconv.commands.again import command_words
-from d2qconv.commands.parameters import DEFAULTS, TALK, Model, Options, ReportOptions, exporter_options
+from d2qconv.commands.parameters import TALK, Model, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import InputError, PluginError
-from d2qconv.export.base import Carrier, ExporterInfo
-from d2qconv.export.beside import check_report
 from d2qconv.export.discover import Found, Sampler, discover, find
-from d2qconv.export.folder import check_folder
-from d2qconv.export.package import check_output
-from d2qconv.options import Output, Settings
+from d2qconv.export.info import ExporterInfo
 
 if TYPE_CHECKING:
     from d2qconv.importing import PlannedImport
     from d2qconv.job import Also, Job
+    from d2qconv.options import Output, Settings
 
 
-def add(app: App, found: Collection[Found], console: Console) -> None:
-    """Add `plan`, and a command for each exporter that is not broken."""
+def add(app: App, found: Collection[Found], console: Console, words: Collection[str] | None = None) -> None:
+    """Add `plan`, and a command for each exporter that is not broken.
+
+    words: of the command line. Those that it does not name are added without options, which take their time to be
+    made: enough to be listed. None for all with everything.
+    """
     for exporter in found:
-        if exporter.info is not None:
+        if exporter.info is None:
+            continue
+        if words is None or {exporter.name, f"to-{exporter.name}", f"--to={exporter.name}"} & set(words):
             _add_exporter(app, exporter.info, console)
+        else:
+            _add_listed(app, exporter.info)
     _add_plan(app, found)
 
 
+def _add_listed(app: App, info: ExporterInfo) -> None:
+    """The command as the list of commands shows it."""
+
+    def convert() -> None:
+        raise AssertionError("a command that the words name is added whole")
+
+    app.command(convert, name=f"to-{info.name}", help=_help(info))
+
+
+def _help(info: ExporterInfo) -> str:
+    return f"Write {info.summary}."
+
+
 def _add_exporter(app: App, info: ExporterInfo, console: Console) -> None:
+    # Here, since of a start's commands few are conversions.
+    from d2qconv.commands.conversion import DEFAULTS, Options, exporter_options
+
     kind = exporter_options(info)
     try:
         # Not None: cyclopts checks a default too, once any library has imported pydantic.
@@ -46,7 +66,7 @@ def _add_exporter(app: App, info: ExporterInfo, console: Console) -> None:
         /,
         *,
         options: Any = untouched,
-        settings: Options = DEFAULTS,
+        settings: Settings = DEFAULTS,
         report: ReportOptions = TALK,
     ) -> None:
         job = make_job(info, model, options, settings)
@@ -57,11 +77,11 @@ def _add_exporter(app: App, info: ExporterInfo, console: Console) -> None:
             run_job(job, console)
 
     flat = Parameter(name="*", group=Group(f"Options of {info.name}", sort_key=2))
-    convert.__annotations__["options"] = Annotated[kind, flat]
+    convert.__annotations__.update(options=Annotated[kind, flat], settings=Options)
     app.command(
         convert,
         name=f"to-{info.name}",
-        help=f"Write {info.summary}.",
+        help=_help(info),
         help_epilogue=f"Example:\n  {info.example or f'd2qconv to-{info.name} MODEL'}",
     )
 
@@ -93,10 +113,13 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
     output, method, machine = settings.output, settings.method, settings.machine
     path = output.output or Path(Path(model).resolve().name + info.suffix)
     if not output.dry_run:
-        check = check_folder if info.is_folder else check_output
-        check(path, output.overwrite)
+        _check(info, path, output.overwrite)
         if output.report:
+            from d2qconv.export.beside import check_report
+
             check_report(path, output.overwrite)
+    from d2qconv.commands.again import command_words
+    from d2qconv.export.base import Carrier
     from d2qconv.job import Job
 
     return Job(
@@ -130,10 +153,17 @@ def _also(text: str, output: Output) -> Also:
             "not FORMAT=PATH", where=f"--also {text}", todo="write, for example, onnx=model-onnx"
         )
     info = find(name, discover())
-    check = check_folder if info.is_folder else check_output
     if not output.dry_run:
-        check(Path(path), output.overwrite)
+        _check(info, Path(path), output.overwrite)
     return Also(info, Path(path))
+
+
+def _check(info: ExporterInfo, path: Path, overwrite: bool) -> None:
+    """Refuse an output that could not be written at its end; raises InputError."""
+    from d2qconv.export.folder import check_folder
+    from d2qconv.export.package import check_output
+
+    (check_folder if info.is_folder else check_output)(path, overwrite)
 
 
 def show_plan(job: Job, console: Console, *, is_all: bool) -> None:

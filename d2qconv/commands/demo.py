@@ -13,12 +13,12 @@ from d2qconv.commands.convert import make_job, run_job
 from d2qconv.commands.parameters import TALK, ReportOptions
 from d2qconv.console import Console
 from d2qconv.export.discover import Found, find, first_ready
-from d2qconv.options import Calibration, Flag, Output, OutputPath, Settings
+from d2qconv.report_options import Flag, OutputPath
 
 #: The model that `demo` converts; it is part of the package.
 DEMO_MODEL = Path(d2qconv.__file__).parent / "data" / "tiny-qwen3-5m"
-#: Enough for the model of the demo, and quick.
-DEMO_CALIBRATION = Calibration(sequences=32, length=128)
+#: Sequences and tokens of each: enough for the model of the demo, and quick.
+DEMO_SEQUENCES, DEMO_LENGTH = 32, 128
 DEMO_PROMPT = "Once upon a time"
 
 
@@ -35,9 +35,12 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
         overwrite: Annotated[Flag, Parameter(help="Replace an existing output.")] = False,
         report: ReportOptions = TALK,
     ) -> None:
+        from d2qconv.options import Calibration, Output, Settings
+
         info = find(to, found) if to else first_ready(found)
         target = Output(output=output or Path(f"demo{info.suffix}"), overwrite=overwrite)
-        settings = Settings(output=target, calibration=DEMO_CALIBRATION)
+        calibration = Calibration(sequences=DEMO_SEQUENCES, length=DEMO_LENGTH)
+        settings = Settings(output=target, calibration=calibration)
         report.tell(console)
         run_job(make_job(info, str(DEMO_MODEL), None, settings), console, prompt=prompt)
 

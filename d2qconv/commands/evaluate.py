@@ -17,7 +17,7 @@ from d2qconv.export.base import ExporterInfo
 from d2qconv.export.discover import Found
 from d2qconv.export.package import check_output
 from d2qconv.facts import evaluation_facts
-from d2qconv.options import Measure
+from d2qconv.package_options import Measure
 
 if TYPE_CHECKING:
     from d2qconv.evaluation import Evaluation

@@ -4,30 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from d2qconv.commands.parameters import SHALLOW, TALK, DeepOptions, File, Format, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.base import Check, Exporter, ExporterInfo
-from d2qconv.export.beside import report_of
 from d2qconv.export.discover import Found, find, for_file
-from d2qconv.options import Deep
+from d2qconv.export.info import ExporterInfo
+from d2qconv.package_options import Deep
 from d2qconv.progress import Watch, by_steps
+
+if TYPE_CHECKING:
+    from d2qconv.export.base import Check, Exporter
+
+MAX_HOST_MEM = (
+    "Host memory to stay within, such as 1GiB; by default 80 % of what is free. The comparison bit for bit needs less "
+    "than that; a runtime that would need more is left out, and the check says so."
+)
 
 
 def add(app: App, found: Collection[Found], console: Console) -> None:
     """Add them."""
 
     def verify(
-        file: File, /, *, format_name: Format = "", deep: DeepOptions = SHALLOW, report: ReportOptions = TALK
+        file: File,
+        /,
+        *,
+        format_name: Format = "",
+        max_host_mem: Annotated[str | None, Parameter(help=MAX_HOST_MEM)] = None,
+        deep: DeepOptions = SHALLOW,
+        report: ReportOptions = TALK,
     ) -> None:
+        from d2qconv.budget import host_limit, parse_size
+
         deep.check()
+        limit = None if max_host_mem is None else parse_size(max_host_mem, "--max-host-mem")
         info = exporter_of(file, format_name, found)
         exporter = info.load(info.default_options())
         report.tell(console)
-        with console.watch() as watch:
+        with console.watch() as watch, host_limit(limit):
             checks = [*exporter.verify(file, by_steps(watch, "verify"))]
             if deep.deep:
                 checks += _deep_checks(file, exporter, deep, watch)
@@ -70,6 +87,7 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
 
 
 def _deep_checks(file: Path, exporter: Exporter, asked: Deep, watch: Watch) -> list[Check]:
+    from d2qconv.export.beside import report_of
     from d2qconv.report.deep import deep_checks
 
     watch.stage("verify deep", 0)

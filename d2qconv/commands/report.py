@@ -14,7 +14,7 @@ from d2qconv.errors import InputError
 from d2qconv.export.beside import page_of
 from d2qconv.export.discover import Found
 from d2qconv.export.package import check_output
-from d2qconv.options import Flag, OutputPath
+from d2qconv.report_options import Flag, OutputPath
 
 Reports = Annotated[Path, Parameter(help="PACKAGE.report.json, of one run or of several.")]
 

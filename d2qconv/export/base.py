@@ -9,15 +9,15 @@ Modules here import neither torch nor any runtime.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from d2qconv.errors import PluginError, Refusal
+from d2qconv.errors import Refusal
+from d2qconv.export.info import ExporterInfo as ExporterInfo  # noqa: PLC0414 this is the door for exporters
+from d2qconv.export.info import Runtime as Runtime  # noqa: PLC0414
 from d2qconv.grids.base import Grid
 from d2qconv.names import Role, TensorId
 
@@ -290,52 +290,3 @@ class Padder(Protocol):
 
     def choose_padding(self, model: ModelDesc) -> PaddingChoice:
         """Decide by the options, reading no weight; `plan` is then given the widened model."""
-
-
-@dataclass(frozen=True)
-class ExporterInfo:
-    """An exporter as it is known before it is loaded: the entry point's object. Imports nothing heavy.
-
-    name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options.
-    target: `module:Class`, called with the options. requires: modules that must be importable. extra: the pip
-    extra that brings them. suffix: of the default output name. is_folder: a package is a folder that holds a manifest
-    (`d2qconv.export.manifest`), and not a file. example: the command's example in its help.
-    """
-
-    name: str
-    summary: str
-    options: type
-    target: str
-    requires: tuple[str, ...] = ()
-    extra: str = ""
-    suffix: str = ""
-    is_folder: bool = False
-    example: str = ""
-    architectures: tuple[str, ...] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
-
-    def missing(self) -> tuple[str, ...]:
-        """The required modules that are not installed. Imports none of them."""
-        return tuple(m for m in self.requires if find_spec(m) is None)
-
-    def default_options(self) -> object:
-        """The options, none given; raises PluginError if one has no default."""
-        try:
-            return self.options()
-        except TypeError as error:
-            raise PluginError(f"the exporter's options need values: {error}", where=self.name) from error
-
-    def load(self, options: object) -> Exporter:
-        """Import the exporter and make it; raises PluginError with the pip command if a library is missing."""
-        missing = self.missing()
-        if missing:
-            raise PluginError(
-                f"to-{self.name} needs {', '.join(missing)}",
-                todo=f"pip install 'd2qconv[{self.extra}]'",
-            )
-        module, _, name = self.target.partition(":")
-        try:
-            made = getattr(import_module(module), name)(options)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(f"exporter {self.name} does not load: {error}", where=self.target) from error
-        return made  # type: ignore[no-any-return]

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Protocol, get_type_hints, runtime_checkable
 
 from d2qconv.errors import InputError, PluginError
-from d2qconv.export.base import ExporterInfo
-from d2qconv.export.manifest import MANIFEST, read_manifest
+from d2qconv.export.info import ExporterInfo
 
 GROUP = "d2qconv.exporters"
 
@@ -97,6 +96,8 @@ def first_ready(found: Collection[Found]) -> ExporterInfo:
 def for_file(path: Path, found: Collection[Found]) -> ExporterInfo:
     """The exporter of a package: by a folder's manifest, or by a file's suffix; raises InputError."""
     if path.is_dir():
+        from d2qconv.export.manifest import MANIFEST, read_manifest
+
         if not (path / MANIFEST).is_file():
             raise InputError(
                 f"a folder without {MANIFEST}",
@@ -123,7 +124,7 @@ def _names(found: Collection[Found]) -> str:
 
 
 def _look(point: EntryPoint) -> Found:
-    origin = f"{point.dist.name} {point.dist.version}" if point.dist else "?"
+    origin = _origin(point)
     try:
         info = point.load()
     except Exception as error:  # noqa: BLE001 somebody else's module may raise anything; the reason is shown
@@ -132,6 +133,14 @@ def _look(point: EntryPoint) -> Found:
         )
     reason = _fault(point, info)
     return Found(point.name, origin, None if reason else info, reason)
+
+
+def _origin(point: EntryPoint) -> str:
+    """Name and version of its distribution. From the text of its metadata, since parsing that as a mail takes long."""
+    text = (point.dist.read_text("METADATA") or point.dist.read_text("PKG-INFO") or "") if point.dist else ""
+    header = text.partition("\n\n")[0]
+    found = [re.search(rf"^{field}:\s*(\S+)", header, re.MULTILINE) for field in ("Name", "Version")]
+    return " ".join(match[1] for match in found if match) or "?"
 
 
 def _fault(point: EntryPoint, info: object) -> str:

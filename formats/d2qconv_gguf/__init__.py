@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from d2qconv.export.base import ExporterInfo
+from d2qconv.export.info import ExporterInfo, Runtime
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,5 @@ INFO = ExporterInfo(
         "loads in": "llama.cpp and all that is built on it",
         "mean shift": "exact FFN biases (llama, mistral; qwen2 as llama), rank-1 fold (qwen3)",
     },
+    runtimes=(Runtime("llama.cpp", ("cyllama",), "verify", "d2qconv_gguf.diagnose:llama_cpp_facts"),),
 )

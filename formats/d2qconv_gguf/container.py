@@ -74,6 +74,17 @@ class StoredTensor:
             # As one row, since gguf-py cuts into 16 rows at a time. Blocks lie within rows: the values are the same.
             yield self._decode(rows[at : at + step].reshape(1, -1)).reshape(-1)
 
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Rows i64[n] of a matrix, decoded: f32[n, n_in]."""
+        rows = np.asarray(self.data).reshape(-1, self.data.shape[-1])
+        step = max(1, _PIECE // self.shape[-1])
+        values = np.empty((len(index), self.shape[-1]), dtype=np.float32)
+        for at in range(0, len(index), step):
+            picked = rows[index[at : at + step]]
+            values[at : at + len(picked)] = self._decode(picked.reshape(1, -1)).reshape(len(picked), -1)
+        self._release()
+        return values
+
     def digest(self) -> str:
         """SHA-256 of `values`, little endian."""
         sha = hashlib.sha256()
@@ -266,6 +277,12 @@ def to_torch(tensor: StoredTensor, order: torch.Tensor | None) -> torch.Tensor:
     # an f32 tensor is still the file itself, which nobody may write to
     values = torch.from_numpy(found if found.flags.writeable else found.copy())
     return values if order is None else values[order]
+
+
+def rows_to_torch(tensor: StoredTensor, order: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
+    """The same of some rows i64[n], counted in the order asked for."""
+    picked = index if order is None else order[index]
+    return torch.from_numpy(tensor.rows(picked.numpy()))
 
 
 class _Walk:

@@ -30,6 +30,7 @@ from d2qconv.export.base import (
     once_a_role,
     type_name,
 )
+from d2qconv.export.diagnosis import Finding
 from d2qconv.export.file_set import member
 from d2qconv.export.planned import shapes_with_biases
 from d2qconv.grids.exact import holds
@@ -37,6 +38,7 @@ from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, base_gguf, candidates, imatrix, shards, types, widths, writer
 from d2qconv_gguf.container import GgufFile, bits_per_weight, read
+from d2qconv_gguf.diagnose import diagnose_file
 from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.metadata import (
     KV,
@@ -252,6 +254,10 @@ class GgufExporter:
     def runtime(self, path: Path, length: int) -> Measured:
         """The package in llama.cpp; see `Evaluating`."""
         return Measured(path, length)
+
+    def diagnose(self, path: Path) -> Sequence[Finding]:
+        """What its header says is wrong, and which llama.cpp its types need; see `Diagnosing`."""
+        return diagnose_file(path)
 
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the file, in llama.cpp; see `Sampler`."""

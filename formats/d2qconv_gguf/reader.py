@@ -20,7 +20,7 @@ from d2qconv.arch.spec import Dims, ModelDesc, Rope
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import VerifyError
 from d2qconv.names import Role, TensorId
-from d2qconv_gguf.container import GgufFile, StoredTensor, read, to_torch
+from d2qconv_gguf.container import GgufFile, StoredTensor, read, rows_to_torch, to_torch
 from d2qconv_gguf.names import LAYOUTS, ROPE_FREQS, Layout, checkpoint_order, gguf_name, tensor_id
 
 _T = TypeVar("_T", int, float)
@@ -44,8 +44,10 @@ def model_of(file: GgufFile) -> ModelDesc:
             tensor = tensor_id(name)
         except ValueError as error:
             raise VerifyError(str(error), where=str(file.path)) from error
-        load: Callable[[], torch.Tensor] = partial(to_torch, stored, checkpoint_order(tensor, layout, dims))
-        tensors[tensor] = Dense(stored.shape, torch.float32, load)
+        order = checkpoint_order(tensor, layout, dims)
+        load: Callable[[], torch.Tensor] = partial(to_torch, stored, order)
+        rows = partial(rows_to_torch, stored, order) if len(stored.shape) > 1 else None
+        tensors[tensor] = Dense(stored.shape, torch.float32, load, rows)
     desc = ModelDesc(
         arch=BUILT_IN[layout.arch],
         dims=dims,

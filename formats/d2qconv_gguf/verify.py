@@ -10,11 +10,13 @@ import torch
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import lacks_room
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.export.base import Check, Progress
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
+from d2qconv.measure.reference import needed_bytes
 from d2qconv.threads import each
 from d2qconv_gguf.container import GgufFile, StoredTensor, read
 from d2qconv_gguf.ggml_types import NEEDS, NewerType
@@ -27,6 +29,8 @@ from d2qconv_gguf.zeros import padding_check
 N_SEQUENCES = 4
 N_TOKENS = 64
 _SHOWN = 5
+#: Keys of the record that the values are compared with.
+RECORD = ("d2qconv.tensor_names", "d2qconv.decoded_sha256")
 
 #: Largest accepted `Distance.noise` by the least exact type in the file. Measured on four random models of two blocks
 #: and two trained ones of four (right file): F32 1e-6, F16 0.2 %, BF16 1.2 %, quantized 1.3-5.7 %. Wrong files (rows of
@@ -39,9 +43,9 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     """All checks of one file; see `Exporter.verify`. The runtime sees the file only if the others passed."""
     file = read(path)
     layout_of(file)
-    checks = [_record_check(file, progress), _metadata_check(file)]
+    checks = [_record_check(file, progress), metadata_check(file)]
     model = model_of(file)
-    checks += [_structure_check(file, model)]
+    checks += [structure_check(file, model)]
     padding = padding_check(file, model)
     checks += [] if padding is None else [padding]
     if not all(c.is_passed for c in checks):
@@ -91,7 +95,7 @@ def require_same_function(path: Path, source: ModelDesc) -> None:
 
 def _record_check(file: GgufFile, progress: Progress) -> Check:
     """Every tensor decoded by gguf-py has the digest that the quantizer's own decoding had."""
-    names, recorded = file.keys.get("d2qconv.tensor_names"), file.keys.get("d2qconv.decoded_sha256")
+    names, recorded = (file.keys.get(key) for key in RECORD)
     if not isinstance(names, list) or not isinstance(recorded, list) or len(names) != len(recorded):
         raise VerifyError(
             "has no record of its tensors",
@@ -128,7 +132,7 @@ def decoded_digests(file: GgufFile, progress: Progress) -> dict[str, str]:
     return found
 
 
-def _metadata_check(file: GgufFile) -> Check:
+def metadata_check(file: GgufFile) -> Check:
     """Every key has the value that was written, and nothing stands behind the last tensor but padding."""
     if file.keys.get(METADATA_SHA256) != metadata_digest(file.keys):
         return Check("metadata", "keys or tokens are not those that were written", False)
@@ -146,7 +150,7 @@ def _metadata_check(file: GgufFile) -> Check:
     return Check("metadata", f"{len(file.keys)} keys as they were written{split}", True)
 
 
-def _structure_check(file: GgufFile, model: ModelDesc) -> Check:
+def structure_check(file: GgufFile, model: ModelDesc) -> Check:
     """Names, shapes and hyper-parameters fit each other (`model_of` raised if not), and so does the vocabulary."""
     tokens = file.keys.get("tokenizer.ggml.tokens")
     n_tokens = len(tokens) if isinstance(tokens, list) else 0
@@ -161,8 +165,11 @@ def _structure_check(file: GgufFile, model: ModelDesc) -> Check:
 def _runtime_checks(file: GgufFile, model: ModelDesc, progress: Progress) -> list[Check]:
     """llama.cpp loads the file, and its logits are the reference's up to the rounding of its kernels."""
     length = min(N_TOKENS, model.max_positions)
+    lacking = lacks_room(needed_bytes(model, N_SEQUENCES * length))
+    if lacking:
+        return [Check("llama.cpp", f"{lacking}; not checked", True, is_skipped=True)]
     try:
-        with LlamaCpp(file.path, n_context=max(length, 8)) as runtime:
+        with LlamaCpp(file.path, n_context=max(length, 8), is_mapped=True) as runtime:
             loads = Check("llama.cpp loads it", runtime.version(), True)
             progress(0, 2, "llama.cpp")
             sequences = sample_sequences(runtime, N_SEQUENCES, length)

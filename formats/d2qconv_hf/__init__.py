@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from d2qconv.export.base import ExporterInfo
+from d2qconv.export.info import ExporterInfo, Runtime
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,14 @@ class HfOptions:
 
 
 def _info(
-    name: str, dialect: str, summary: str, types: str, loads_in: str, means: str, example: str
+    name: str,
+    dialect: str,
+    summary: str,
+    types: str,
+    loads_in: str,
+    means: str,
+    example: str,
+    runtime: Runtime,
 ) -> ExporterInfo:
     return ExporterInfo(
         name=name,
@@ -49,6 +56,7 @@ def _info(
         example=example,
         architectures=("llama", "mistral", "qwen2", "qwen3"),
         facts={"types": types, "loads in": loads_in, "mean shift": means},
+        runtimes=(runtime,),
     )
 
 
@@ -62,6 +70,7 @@ SAFETENSORS = _info(
     "transformers with compressed-tensors 0.18, vLLM",
     f"{_RELABELLED}, qwen3 as hy_v3",
     "d2qconv to-safetensors Qwen/Qwen3-8B -o qwen3-8b-w2",
+    Runtime("transformers", ("transformers", "compressed-tensors"), "verify-safetensors"),
 )
 AUTO_ROUND = _info(
     "auto-round",
@@ -71,6 +80,7 @@ AUTO_ROUND = _info(
     "transformers with auto-round",
     f"{_RELABELLED}, qwen3 as hy_v3",
     "d2qconv to-auto-round Qwen/Qwen3-8B --tensor-type down=int3",
+    Runtime("transformers with auto-round", ("transformers", "auto-round"), "verify-safetensors"),
 )
 GPTQ = _info(
     "gptq",
@@ -80,6 +90,7 @@ GPTQ = _info(
     "GPTQModel, transformers with optimum and gptqmodel",
     f"{_RELABELLED}, qwen3 as hy_v3",
     "d2qconv to-gptq Qwen/Qwen3-8B --type int4",
+    Runtime("transformers with gptqmodel", ("transformers", "optimum", "gptqmodel")),
 )
 MLX = _info(
     "mlx",
@@ -89,4 +100,5 @@ MLX = _info(
     "mlx-lm",
     _RELABELLED,
     "d2qconv to-mlx Qwen/Qwen3-8B -o qwen3-8b-mlx",
+    Runtime("mlx-lm", ("mlx-lm",), "verify-safetensors"),
 )

@@ -7,7 +7,8 @@ the data, no overlap, no hole, as many bytes as type and shape say. Nothing larg
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ _DTYPES: Mapping[str, tuple[str, int]] = {
 }
 _MOST_HEADER = 100_000_000
 _MOST_RANK = 8
+#: Values that are made of an array at a time.
+_PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,35 @@ class Span:
 
     def floats(self) -> np.ndarray:
         """The array as f32; raises VerifyError if it is none of floats."""
+        self._check_floats()
+        return self._as_f32(self.raw())
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The same, some rows at a time."""
+        self._check_floats()
+        step = max(1, _PIECE // max(1, math.prod(self.shape[1:])))
+        mapped = self._mapped() if self.shape and self.shape[0] else self.raw()
+        for at in range(0, len(mapped), step):
+            yield self._as_f32(np.asarray(mapped[at : at + step]))
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Rows i64[n] as f32; raises VerifyError as `floats` does."""
+        self._check_floats()
+        return self._as_f32(np.asarray(self._mapped()[index]))
+
+    def _check_floats(self) -> None:
         if self.kind not in ("F16", "BF16", "F32"):
             raise VerifyError(f"an array of {self.kind} where floats belong", where=str(self.path))
-        raw = self.raw()
+
+    def _mapped(self) -> np.ndarray:
+        """The array as stored, mapped from the file; it is not empty."""
+        dtype, _ = _DTYPES[self.kind]
+        try:
+            return np.memmap(self.path, dtype, "r", self.begin, self.shape)
+        except (OSError, ValueError) as error:
+            raise VerifyError(f"cannot be read: {error}", where=str(self.path)) from error
+
+    def _as_f32(self, raw: np.ndarray) -> np.ndarray:
         if self.kind == "BF16":
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32)

@@ -25,6 +25,7 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
+from d2qconv.export.diagnosis import Finding
 from d2qconv.export.manifest import inspected
 from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
 from d2qconv.export.planned import (
@@ -44,6 +45,7 @@ from d2qconv.names import Part, Role, TensorId
 from d2qconv_hf import HfOptions, compatibility, types
 from d2qconv_hf.config import LABELS, Labelled, labelled, package_config
 from d2qconv_hf.container import open_folder
+from d2qconv_hf.diagnose import diagnose_folder
 from d2qconv_hf.dialects.base import Content, Dialect, Scheme
 from d2qconv_hf.dialects.compressed_tensors import CompressedTensors
 from d2qconv_hf.dialects.gptq import AutoRound, Gptq
@@ -127,6 +129,10 @@ class HfExporter:
     def runtime(self, path: Path, length: int) -> Measured:  # noqa: ARG002 these take any length
         """The package in its dialect's runtime; see `Evaluating`."""
         return Measured(self.dialect.facts.name, path)
+
+    def diagnose(self, path: Path) -> Sequence[Finding]:
+        """What its headers say is wrong, and which runtimes load it; see `Diagnosing`."""
+        return diagnose_folder(path, self.dialect.facts.name)
 
     def inspect(self, path: Path) -> Mapping[str, Any]:
         """The manifest's facts; see `Exporter`."""

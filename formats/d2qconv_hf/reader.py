@@ -11,7 +11,7 @@ MLX: code · scale + bias, the product exact in f64, the sum rounded once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,8 @@ _PARTS = {
 }
 _BITS = (2, 3, 4, 8)
 _MOST_BITS_SIDE = 1 << 31
+#: Values that are decoded at a time.
+_PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -60,42 +62,60 @@ class Matrix:
 
     def decode(self) -> np.ndarray:
         """Values f32[n_out, n_in]."""
-        codes, zeros, steps = self._parts()
+        values, at = np.empty(self.shape, np.float32), 0
+        for piece in self.pieces():
+            values[at : at + len(piece)] = piece
+            at += len(piece)
+        return values
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The values, f32[rows, n_in] of some rows at a time."""
+        words, zeros, steps = self._parts()
         n_out, n_in = self.shape
+        step = max(1, _PIECE // n_in)
+        for at in range(0, n_out, step):
+            rows = slice(at, at + step)
+            yield self._values(self._codes(words[rows], n_in), zeros[rows], steps[rows])
+
+    def _values(self, codes: np.ndarray, zeros: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Values f32[n, n_in] of n rows; codes [n, n_in], the others [n, n_groups]."""
+        n, n_in = codes.shape
         group = self.scheme.group or n_in
-        grouped = codes.reshape(n_out, n_in // group, group)
+        grouped = codes.reshape(n, n_in // group, group)
         if self.dialect == "mlx":
             product = grouped.astype(np.float64) * steps[:, :, None].astype(np.float64)
             values = (product + zeros[:, :, None].astype(np.float64)).astype(np.float32)
             # As step · 0 has it: the sign of a zero is that of its step.
             return np.where(values == 0, np.copysign(np.float32(0), steps[:, :, None]), values).reshape(
-                self.shape
+                n, n_in
             )
         centred = grouped.astype(np.float32) - zeros[:, :, None].astype(np.float32)
-        return np.asarray((centred * steps[:, :, None]).reshape(self.shape))
+        return np.asarray((centred * steps[:, :, None]).reshape(n, n_in))
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes [n_out, n_in]; zero points (MLX: biases) and steps [n_out, n_groups]."""
+        """Words of codes u32[n_out, words]; zero points (MLX: biases) and steps [n_out, n_groups]."""
         n_out, n_in = self.shape
         bits, n_groups = self.scheme.bits, n_in // (self.scheme.group or n_in)
         get = partial(self._array, n_groups=n_groups)
         if self.dialect == "mlx":
-            return self._codes(self._raw("weight"), n_in), get("biases", (n_out,)), get("scales", (n_out,))
+            words = self._words(self._raw("weight"), n_in)
+            return words, get("biases", (n_out,)), get("scales", (n_out,))
         if self.dialect == "compressed-tensors":
-            codes = self._codes(self._raw("weight_packed"), n_in)
+            words = self._words(self._raw("weight_packed"), n_in)
             steps = get("weight_scale", (n_out,))
             if tuple(self._raw("weight_shape").tolist()) != self.shape:
                 raise self.folder.error(f"{self.module} has another weight_shape than its arrays")
             if not self.scheme.has_zero:
-                return codes, np.full(steps.shape, 1 << (bits - 1)), steps
-            packed = self._raw("weight_zero_point")
-            return codes, self._codes(packed.T, n_out, rows=n_groups).T, steps
+                return words, np.full(steps.shape, 1 << (bits - 1)), steps
+            packed = self._words(self._raw("weight_zero_point").T, n_out, rows=n_groups)
+            return words, self._codes(packed, n_out).T, steps
         self._check_index(n_in)
-        codes = self._codes(self._raw("qweight").T, n_in)
+        words = self._words(self._raw("qweight").T, n_in)
         steps = self.folder.span(f"{self.module}.scales").floats()
         if steps.shape != (n_groups, n_out):
             raise self.folder.error(f"{self.module} has scales {steps.shape}")
-        return codes, self._codes(self._raw("qzeros"), n_out, rows=n_groups).T, steps.T
+        packed = self._words(self._raw("qzeros"), n_out, rows=n_groups)
+        return words, self._codes(packed, n_out).T, steps.T
 
     def _raw(self, part: str) -> np.ndarray:
         return self.folder.span(f"{self.module}.{part}").raw()
@@ -106,12 +126,17 @@ class Matrix:
             raise self.folder.error(f"{self.module}.{part} has shape {found.shape}")
         return found
 
-    def _codes(self, words: np.ndarray, n: int, rows: int | None = None) -> np.ndarray:
-        """The first n values of each row of u32 words."""
+    def _words(self, words: np.ndarray, n: int, rows: int | None = None) -> np.ndarray:
+        """The same words; raises VerifyError unless they hold n codes in each of as many rows."""
         bits = self.scheme.bits
         wanted = (self.shape[0] if rows is None else rows, -(-n * bits // 32))
         if words.shape != wanted or words.dtype != np.dtype("<u4"):
             raise self.folder.error(f"{self.module} has {words.shape} words of codes, not {wanted}")
+        return words
+
+    def _codes(self, words: np.ndarray, n: int) -> np.ndarray:
+        """The first n values of each row of u32 words."""
+        bits = self.scheme.bits
         as_bytes = np.ascontiguousarray(words).view(np.uint8)
         single = np.unpackbits(as_bytes, axis=1, count=n * bits, bitorder="little")
         places = np.left_shift(1, np.arange(bits)).astype(np.uint8)
@@ -202,7 +227,12 @@ def _dense(folder: Folder, name: str, shape: tuple[int, ...]) -> Dense:
     span = folder.span(name)
     if span.shape != shape:
         raise folder.error(f"{name} has shape {list(span.shape)}, not {list(shape)}")
-    return Dense(shape, torch.float32, lambda: torch.from_numpy(span.floats()))
+    return Dense(
+        shape,
+        torch.float32,
+        lambda: torch.from_numpy(span.floats()),
+        (lambda index: torch.from_numpy(span.rows(index.numpy()))) if len(shape) > 1 else None,
+    )
 
 
 class _Schemes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -9,12 +11,13 @@ import numpy as np
 import torch
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import lacks_room
 from d2qconv.errors import VerifyError
 from d2qconv.export.base import Check, Progress
 from d2qconv.export.manifest import Manifest, files_check, read_manifest
-from d2qconv.export.planned import digest
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
+from d2qconv.measure.reference import needed_bytes
 from d2qconv.threads import each
 from d2qconv_hf import runtime
 from d2qconv_hf.container import open_folder
@@ -49,8 +52,13 @@ def _record_check(model: Model, manifest: Manifest, progress: Progress) -> Check
 
     def work(name: str) -> tuple[str, bool, int]:
         matrix = model.matrices.get(name)
-        values = matrix.decode() if matrix is not None else model.folder.span(name).floats()
-        return digest([values]), bool(values.any()), values.size
+        pieces = matrix.pieces() if matrix is not None else model.folder.span(name).pieces()
+        sha, is_something, size = hashlib.sha256(), False, 0
+        for piece in pieces:
+            sha.update(np.ascontiguousarray(piece, dtype="<f4").data)
+            is_something = is_something or bool(piece.any())
+            size += piece.size
+        return sha.hexdigest(), is_something, size
 
     with closing(each(names, work, cost=lambda _: 0, budget=0, in_order=False)) as done:
         for number, (sha256, is_something, size) in done:
@@ -72,6 +80,9 @@ def _runtime_check(path: Path, model: Model, facts: Facts, manifest: Manifest, p
     absent = runtime.missing(facts.name)
     if absent:
         return Check(name, f"{absent}; not checked", True, is_skipped=True)
+    lacking = lacks_room(runtime_bytes(model, facts))
+    if lacking:
+        return Check(name, f"{lacking}; not checked", True, is_skipped=True)
     tokens = _tokens(model.desc)
     progress(0, 2, "float reference")
     wanted = reference_logits(model.desc, torch.from_numpy(tokens), device="cpu").numpy()
@@ -87,6 +98,22 @@ def _runtime_check(path: Path, model: Model, facts: Facts, manifest: Manifest, p
         f"(allowed {bound:g}) over {near.n_positions} positions"
     )
     return Check(name, detail, near.largest <= bound)
+
+
+def runtime_bytes(model: Model, facts: Facts) -> int:
+    """About the bytes that the runtime and the reference take.
+
+    transformers holds every weight in f32, and beside them the largest matrix and its codes while it unpacks; MLX keeps
+    codes packed, and makes its float arrays f32.
+    """
+    n_weights = [dense.n_elements for dense in model.desc.tensors.values()]
+    if facts.runtime == "mlx-lm":
+        coded = sum(matrix.scheme.bits * math.prod(matrix.shape) // 8 for matrix in model.matrices.values())
+        whole = sum(n_weights) - sum(math.prod(m.shape) for m in model.matrices.values())
+        held = 2 * coded + 4 * whole
+    else:
+        held = 4 * (sum(n_weights) + 2 * max(n_weights))
+    return held + needed_bytes(model.desc, N_SEQUENCES * N_TOKENS)
 
 
 def _tokens(desc: ModelDesc) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from d2qconv.export.base import ExporterInfo
+from d2qconv.export.info import ExporterInfo, Runtime
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,8 @@ INFO = ExporterInfo(
         "loads in": "ONNX Runtime, ONNX Runtime GenAI",
         "mean shift": "exact biases of gate and up (all architectures)",
     },
+    runtimes=(
+        Runtime("ONNX Runtime", ("onnxruntime",), "verify-onnx", "d2qconv_onnx.diagnose:onnxruntime_facts"),
+        Runtime("ONNX Runtime GenAI", ("onnxruntime-genai",), "verify-onnx"),
+    ),
 )

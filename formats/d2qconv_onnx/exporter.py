@@ -26,6 +26,7 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
+from d2qconv.export.diagnosis import Finding
 from d2qconv.export.manifest import inspected
 from d2qconv.export.overrides import OverrideOption, last_that_holds
 from d2qconv.export.planned import (
@@ -44,6 +45,7 @@ from d2qconv.names import Role, TensorId
 from d2qconv_onnx import OnnxOptions, genai, types
 from d2qconv_onnx.container import open_model
 from d2qconv_onnx.data import DATA, write_data
+from d2qconv_onnx.diagnose import diagnose_folder
 from d2qconv_onnx.graph import Settings, build
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN, stored_name
 from d2qconv_onnx.runtime import Measured, genai_sample, lacks
@@ -138,6 +140,10 @@ class OnnxExporter:
     def runtime(self, path: Path, length: int) -> Measured:  # noqa: ARG002 a session takes any length
         """The package in ONNX Runtime; see `Evaluating`."""
         return Measured(path)
+
+    def diagnose(self, path: Path) -> Sequence[Finding]:
+        """What graph, config and places of the tensors say is wrong; see `Diagnosing`."""
+        return diagnose_folder(path)
 
     def sample(self, path: Path, prompt: str) -> str:
         """Continue a prompt with the package, in ONNX Runtime GenAI; see `Sampler`."""

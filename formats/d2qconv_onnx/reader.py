@@ -55,15 +55,29 @@ class Matrix:
     def pieces(self) -> Iterator[np.ndarray]:
         """The values, f32[rows, n_in] of some rows at a time; raises VerifyError for a code that is out of range."""
         n_out, n_in = self.shape
-        step = max(1, _PIECE // n_in)
-        codes, scales, zeros = (
-            span.view().reshape(n_out, -1) for span in (self.codes, self.scales, self.zeros)
-        )
+        step, arrays = max(1, _PIECE // n_in), self._arrays()
         for at in range(0, n_out, step):
-            rows = slice(at, at + step)
-            q, z = self._numbers(codes[rows], n_in), self._numbers(zeros[rows], n_in // self.block)
-            blocks = q.reshape(len(q), -1, self.block).astype(np.float32) - z[:, :, None].astype(np.float32)
-            yield (blocks * scales[rows][:, :, None]).reshape(len(q), n_in)
+            yield self._decoded(*(array[at : at + step] for array in arrays))
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows i64[n], f32[n, n_in]; raises VerifyError as `pieces` does."""
+        values, arrays = np.empty((len(index), self.shape[1]), np.float32), self._arrays()
+        step = max(1, _PIECE // self.shape[1])
+        for at in range(0, len(index), step):
+            picked = index[at : at + step].numpy()
+            values[at : at + len(picked)] = self._decoded(*(array[picked] for array in arrays))
+        return torch.from_numpy(values)
+
+    def _arrays(self) -> list[np.ndarray]:
+        """Codes, scales and zero points, a row of the matrix in a row."""
+        return [span.view().reshape(self.shape[0], -1) for span in (self.codes, self.scales, self.zeros)]
+
+    def _decoded(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """Values f32[n, n_in] of n rows."""
+        n_in = self.shape[1]
+        q, z = self._numbers(codes, n_in), self._numbers(zeros, n_in // self.block)
+        blocks = q.reshape(len(q), -1, self.block).astype(np.float32) - z[:, :, None].astype(np.float32)
+        return np.asarray((blocks * scales[:, :, None]).reshape(len(q), n_in))
 
     def load(self) -> torch.Tensor:
         """All values, f32[n_out, n_in]."""
@@ -185,7 +199,12 @@ def desc_of(model: OnnxModel) -> ModelDesc:
     rope = _rope(container, dims)
     try:
         tensors = {
-            TensorId.parse(name): Dense(found.shape, torch.float32, partial(_load, found))
+            TensorId.parse(name): Dense(
+                found.shape,
+                torch.float32,
+                partial(_load, found),
+                found.rows if isinstance(found, Matrix) else None,
+            )
             for name, found in model.tensors.items()
         }
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import onnx
 import torch
 
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import lacks_room
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.export.base import Check, Progress
 from d2qconv.export.manifest import Manifest, files_check, read_manifest
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
+from d2qconv.measure.reference import needed_bytes
 from d2qconv.threads import each
 from d2qconv_onnx.container import Container, open_model
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN
@@ -51,6 +54,9 @@ def verify_folder(path: Path, progress: Progress) -> list[Check]:
     missing = lacks({"onnxruntime": manifest.requires.get("onnxruntime", "0")})
     if missing:
         return [*checks, Check("ONNX Runtime", f"{missing}; not checked", True, is_skipped=True)]
+    lacking = lacks_room(runtime_bytes(model, desc))
+    if lacking:
+        return [*checks, Check("ONNX Runtime", f"{lacking}; not checked", True, is_skipped=True)]
     checks += _runtime_checks(model, desc, progress)
     if not all(check.is_passed for check in checks):
         return checks
@@ -122,6 +128,17 @@ def _standard_check(container: Container) -> Check:
     except Exception as error:  # noqa: BLE001
         return Check("onnx.checker", " ".join(str(error).split())[-300:], False)
     return Check("onnx.checker", f"onnx {onnx.__version__}, full check", True)
+
+
+def runtime_bytes(model: OnnxModel, desc: ModelDesc) -> int:
+    """About the bytes that a session and the reference take: the weights once more, packed for the kernels.
+
+    At accuracy level 1 codes of 2 and 8 bits are decoded to a whole f32 matrix at every call.
+    """
+    stored = sum(span.n_bytes for span in model.container.spans.values())
+    matrices = [t for t in model.tensors.values() if isinstance(t, Matrix)]
+    largest = max((math.prod(t.shape) for t in matrices if t.bits != 4), default=0)
+    return stored + 4 * largest + needed_bytes(desc, N_SEQUENCES * N_TOKENS)
 
 
 def _runtime_checks(model: OnnxModel, desc: ModelDesc, progress: Progress) -> list[Check]:

@@ -17,7 +17,7 @@ from d2qconv.export.discover import discover
 from d2qconv.options import Calibration, Method
 from d2qconv.run import CalibrationSpec, Recipe
 
-COMMANDS = ("plan", "verify", "inspect", "evaluate", "exporters", "demo", "to-fake", "to-gguf")
+COMMANDS = ("plan", "verify", "inspect", "evaluate", "exporters", "doctor", "demo", "to-fake", "to-gguf")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -211,20 +211,49 @@ HEAVY = {
 
 def test_import_is_light():
     code = "import sys, d2qconv.cli; d2qconv.cli.make_app(d2qconv.cli.Console()); print(*sys.modules)"
+    assert "cyclopts" in modules_after(code)
+    assert modules_after(code) & HEAVY == set()
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "exporters", "doctor --help", "to-gguf --help"])
+def test_what_only_tells_loads_nothing_heavy(line):
+    code = f"import sys; from d2qconv.cli import main; main({line.split()!r}); print(); print(*sys.modules)"
+    assert modules_after(code) & (HEAVY | {"msgspec", "hashlib"}) == set()
+
+
+def modules_after(code):
+    """Names of the modules that are loaded at the end, which the code prints on its last line."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
-    assert "cyclopts" in loaded
-    assert loaded & HEAVY == set()
+    return set(done.stdout.splitlines()[-1].split())
 
 
-def test_help_is_quick():
-    def cpu_seconds():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "d2qconv", "--help"], capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def test_the_garbage_collector_runs_again():
+    code = "import gc, d2qconv.cli; print(gc.isenabled(), (gc.disable(), d2qconv.startup.end(), gc.isenabled())[2])"
+    assert modules_after(code) == {"True"}
 
-    assert min(cpu_seconds() for _ in range(5)) < 0.5
+
+def cpu_seconds(*words):
+    """User and system time of a Python that runs these words."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def is_quick(line, most):
+    """Whether it takes less than `most` s of CPU time, or as much longer as cyclopts takes longer than usual just now.
+
+    cyclopts alone takes 0.10 s to import where this was measured; other work on a machine makes both longer.
+    """
+    ours, cyclopts = cpu_seconds("-m", "d2qconv", *line.split()), cpu_seconds("-c", "import cyclopts")
+    return ours < most * max(1.0, cyclopts / 0.10)
+
+
+@pytest.mark.parametrize(
+    ("line", "most"), [("--help", 0.3), ("--version", 0.3), ("exporters", 0.3), ("doctor --help", 0.4)]
+)
+def test_what_only_tells_is_quick(line, most):
+    assert any(is_quick(line, most) for _ in range(8))
 
 
 def test_version(d2q):

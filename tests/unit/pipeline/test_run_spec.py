@@ -64,7 +64,7 @@ SPEC = RunSpec(
     ids=lambda change: next(iter(change)),
 )
 def test_everything_that_matters_changes_the_fingerprint(change):
-    fields = {name: getattr(SPEC, name) for name in SPEC.__struct_fields__}
+    fields = dict(vars(SPEC))
     assert RunSpec(**fields).fingerprint() == SPEC.fingerprint()
     assert RunSpec(**(fields | change)).fingerprint() != SPEC.fingerprint()
 

@@ -20,6 +20,7 @@ from d2qconv.export.discover import Found
 if TYPE_CHECKING:
     from d2qconv.arch.spec import ModelDesc
     from d2qconv.checkpoint.open import Checkpoint
+    from d2qconv.foreign.read import Foreign
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -36,6 +37,13 @@ def model_diagnosis(model: str, found: Collection[Found]) -> Diagnosis:
     findings: list[Finding] = []
     facts: dict[str, Any] = {"source": checkpoint.name, "model_type": checkpoint.config.get("model_type")}
     facts["tokenizer"] = ", ".join(_tokenizers(checkpoint, findings)) or "none"
+    try:
+        foreign = _foreign(checkpoint)
+    except D2qError as error:
+        return Diagnosis(model, facts, (*findings, Finding.of("quantization_config", error)))
+    if foreign is not None:
+        facts["quantized"] = foreign.dialect
+        checkpoint = foreign.checkpoint
     desc = _bound(checkpoint, findings)
     if desc is not None:
         facts |= _facts(checkpoint, desc)
@@ -59,6 +67,13 @@ def _open(model: str) -> Checkpoint:
     if config is None:
         raise InputError("config.json is missing", where=model, todo="name a Hugging Face model")
     return Checkpoint(folder, model, folder.resolve().name, read_json(config), {}, "")
+
+
+def _foreign(checkpoint: Checkpoint) -> Foreign | None:
+    """What another tool quantized, if the tensors are there; raises InputError, PlanError."""
+    from d2qconv.foreign.read import read_foreign
+
+    return read_foreign(checkpoint) if checkpoint.tensors else None
 
 
 def _tokenizers(checkpoint: Checkpoint, findings: list[Finding]) -> list[str]:

@@ -21,6 +21,7 @@ from fuzz_seeds import (
     base_ggufs,
     checkpoints,
     config_alone,
+    foreign_checkpoints,
     ggufs,
     hf_folders,
     importances,
@@ -41,6 +42,7 @@ from d2qconv.export import discover
 from d2qconv.export.base import Check, silent
 from d2qconv.export.manifest import files_check, inspected, read_manifest
 from d2qconv.export.planned import SIDE_FILES
+from d2qconv.foreign.read import read_foreign
 from d2qconv.ir.store import Store
 from d2qconv.ir.workdir import read_measured, read_tokens
 from d2qconv.run import CalibrationSpec
@@ -131,6 +133,21 @@ def read_checkpoint(folder: Path) -> object:
     with tempfile.TemporaryDirectory(dir=folder) as made:
         checkpoint.copy_files(SIDE_FILES, Path(made))
     return checkpoint.name
+
+
+def read_foreign_checkpoint(folder: Path) -> object:
+    """Open, find the dialect, bind, load every matrix both ways."""
+    foreign = read_foreign(open_checkpoint(str(folder)))
+    require(foreign is not None, "a quantized checkpoint passes as one of floats")
+    assert foreign is not None, "looked at"
+    bind(foreign.checkpoint)
+    for name, linear in foreign.linears.items():
+        values = linear.decode()
+        require(tuple(values.shape) == linear.shape, f"{name} has another shape than announced")
+        require(bool(torch.isfinite(values).all()), f"{name} is not finite")
+        if linear.grid is not None:
+            require(bool(torch.equal(linear.coded().decode(), values)), f"{name} is two matrices")
+    return None
 
 
 def read_tokenizer(folder: Path) -> object:
@@ -279,6 +296,7 @@ READERS: Mapping[str, Reader] = {
     reader.name: reader
     for reader in (
         Reader("checkpoint", checkpoints, read_checkpoint, weight=2),
+        Reader("foreign", foreign_checkpoints, read_foreign_checkpoint, weight=2),
         Reader("tokenizer", tokenizers, read_tokenizer, weight=2),
         Reader("tokens", token_files, read_calibration, may_link=True, is_text=True),
         Reader("gguf", ggufs, read_package_gguf, is_exact=True, may_link=True, weight=2),

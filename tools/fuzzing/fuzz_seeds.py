@@ -18,6 +18,7 @@ import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
+from foreign_models import Scheme, make_foreign  # noqa: E402
 from random_models import PROVENANCE, make_desc, quantized, small_source  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
@@ -82,6 +83,20 @@ def checkpoints(root: Path) -> None:
     for i, file in enumerate(sorted(snapshot.iterdir())):
         file.rename(blobs / f"{i}")
         file.symlink_to(Path("../../blobs") / f"{i}")
+
+
+def foreign_checkpoints(root: Path) -> None:
+    """What other tools quantized, one folder a dialect."""
+    schemes = {
+        "gptq": (Scheme(4, 32), {}),
+        "gptq-v2": (Scheme(3, 32, False), {"version": 2, "config": {"checkpoint_format": "gptq_v2"}}),
+        "awq": (Scheme(4, 32, False), {}),
+        "auto-round": (Scheme(2, 32, False), {}),
+        "compressed-tensors": (Scheme(4, 32, False), {}),
+    }
+    for name, (scheme, more) in schemes.items():
+        method = name.removesuffix("-v2")
+        make_foreign(root / name, method, scheme, model={"ffn": 64, "vocab": 64}, **more)
 
 
 def tokenizers(root: Path) -> None:

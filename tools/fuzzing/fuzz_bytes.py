@@ -285,7 +285,7 @@ def change_protobuf(data: bytes, random: Random) -> Mutated:
     elif kind == 2:
         texts = (
             b"../x",
-            b"/etc/passwd",
+            b"/nowhere/letter",
             b"x" * 3000,
             b"\xff\xfe",
             b"\0",

@@ -18,8 +18,10 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-#: Seconds of wall time until a call counts as one that hangs; seconds of CPU that are too many.
+#: Seconds after which it is looked whether a call hangs; seconds of CPU that are too many.
 WALL, CPU = 10.0, 4.0
+#: A process with less of a share of the CPU waits for something else.
+_IDLE = 0.02
 #: Memory that a call may take beyond some times the size of its files.
 MEMORY, PER_BYTE = 192 << 20, 24
 #: Address space beyond what the process has when it begins.
@@ -49,77 +51,84 @@ class Seen:
 class Guard:
     """The audit hook; one a process, since hooks cannot be removed."""
 
-    def __init__(self, *readable: Path) -> None:
-        """readable: folders that may be read besides those of the libraries."""
+    def __init__(self, home: Path) -> None:
+        """home: the only folder in which this process may change anything from now on, watched or not."""
         self._seen: Seen | None = None
-        self._root = ""
-        libraries = {
-            sys.prefix,
-            sys.base_prefix,
-            str(Path(__file__).resolve().parents[2]),
-            *map(str, readable),
-        }
+        self._started = (0.0, 0.0)
+        self._home = self._root = os.path.realpath(home)
+        libraries = {sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2])}
         self._readable = (*map(os.path.realpath, libraries), "/proc/", "/dev/null", "/dev/urandom")
+        sys.dont_write_bytecode = True
         sys.addaudithook(self._hook)
         signal.signal(signal.SIGALRM, self._ring)
 
+    def allow(self, folder: Path) -> None:
+        """Let a folder be read."""
+        self._readable = (*self._readable, os.path.realpath(folder))
+
     @contextlib.contextmanager
-    def watching(self, root: Path) -> Iterator[Seen]:
-        """Watch what the body does. root: the folder that it may read and change."""
+    def watching(self, root: Path, n_bytes: int) -> Iterator[Seen]:
+        """Watch what the body does. root: the folder that it may read and change; n_bytes: size of its files."""
         seen = Seen()
         self._root = os.path.realpath(root)
-        size = sum(p.lstat().st_size for p in root.rglob("*") if not p.is_symlink() or p.is_file())
-        before, started = _reset_peak(), time.process_time()
-        signal.setitimer(signal.ITIMER_REAL, WALL)
+        before, self._started = _reset_peak(), (time.monotonic(), time.process_time())
         self._seen = seen
+        signal.setitimer(signal.ITIMER_REAL, WALL, WALL)
         try:
             yield seen
         finally:
             self._seen = None
+            self._root = self._home
             signal.setitimer(signal.ITIMER_REAL, 0)
-            used, taken = time.process_time() - started, _peak() - before
+            used, taken = time.process_time() - self._started[1], _peak() - before
             if used > CPU:
                 seen.faults.append(f"{used:.1f} s of CPU")
-            if taken > MEMORY + PER_BYTE * size:
-                seen.faults.append(f"{taken >> 20} MiB of memory for {size} bytes of files")
+            if taken > MEMORY + PER_BYTE * n_bytes:
+                seen.faults.append(f"{taken >> 20} MiB of memory for {n_bytes} bytes of files")
 
     def _ring(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._seen is not None:
+        """End a call that waits, or that has used its CPU; one that only does not get the CPU goes on."""
+        if self._seen is None:
+            return
+        wall, used = time.monotonic() - self._started[0], time.process_time() - self._started[1]
+        if used > CPU or used < _IDLE * wall:
             raise HangError
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        seen = self._seen
-        if seen is None:
-            return
         if event == "open":
-            self._opened(seen, args)
+            self._opened(*args)
         elif event in _CHANGES:
             # rmtree removes by name in an opened folder; that of the whole was looked at before.
             is_relative = event in ("os.remove", "os.rmdir") and args[1] != -1
             for path in () if is_relative else args[: _CHANGES[event]]:
                 if isinstance(path, str | bytes | os.PathLike) and not self._is_inside(path, of_parent=True):
-                    seen.faults.append(f"{event} of {path!r:.120}")
-        elif event in _NEVER:
-            seen.faults.append(f"{event} {args!r:.120}")
-        elif event == "exec":
+                    self._forbid(f"{event} of {path!r:.120}")
+        elif self._seen is not None and event in _NEVER:
+            self._seen.faults.append(f"{event} {args!r:.120}")
+        elif self._seen is not None and event == "exec":
             code = args[0]
             name = code.co_filename if isinstance(code, CodeType) else "?"
             if not name.startswith(self._readable) and name not in (
                 "<string>",
                 "<__array_function__ internals>",
             ):
-                seen.faults.append(f"exec of {name!r:.120}")
+                self._seen.faults.append(f"exec of {name!r:.120}")
 
-    def _opened(self, seen: Seen, args: tuple[Any, ...]) -> None:
-        path, mode, flags = args
-        if not isinstance(path, str | bytes | os.PathLike):
-            return
-        is_written = any(c in (mode or "") for c in "wax+") or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
-        if self._is_inside(path):
+    def _opened(self, path: object, mode: str | None, flags: int | None) -> None:
+        if not isinstance(path, str | bytes | os.PathLike) or self._is_inside(path):
             return
         real = os.path.realpath(os.fsdecode(path))
-        if is_written or not real.startswith(self._readable):
-            seen.faults.append(f"opened {real!r:.120}")
+        is_written = any(c in (mode or "") for c in "wax+") or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
+        if is_written and real != "/dev/null":
+            self._forbid(f"opened {real!r:.120} for writing")
+        elif self._seen is not None and not real.startswith(self._readable):
+            self._seen.faults.append(f"opened {real!r:.120}")
+
+    def _forbid(self, what: str) -> None:
+        """Nothing outside is changed, whatever the fault: an exception in a hook stops what it was asked about."""
+        if self._seen is not None:
+            self._seen.faults.append(what)
+        raise PermissionError(f"the fuzzer forbids: {what}")
 
     def _is_inside(self, path: str | bytes | os.PathLike[str], *, of_parent: bool = False) -> bool:
         try:

@@ -38,7 +38,7 @@ SCALARS: tuple[Any, ...] = (
         "..",
         "../x",
         "../../outside/x",
-        "/etc/passwd",
+        "/nowhere/letter",
         "a/b",
         "C:\\x",
         "x" * 5000,

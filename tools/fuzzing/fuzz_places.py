@@ -40,27 +40,32 @@ _ABSENT = ("removed", "emptied", "folder", "pipe", "link to itself", "link to no
 _LINKS = (
     "link out",
     "link to a pipe outside",
-    "link to a password file",
-    "link to endless zeros",
+    "link to a letter",
     "linked folder",
 )
 
 
-def change_folder(folder: Path, outside: Path, random: Random, *, may_link: bool, is_text: bool) -> str:
-    """Change one or two files of a folder; returns what was done."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    said = []
+def change_folder(
+    folder: Path, files: Sequence[str], outside: Path, random: Random, *, may_link: bool, is_text: bool
+) -> tuple[str, set[Path]]:
+    """Change one or two files of a folder; returns what was done, and the paths that are other than before."""
+    said, touched = [], set()
     for _ in range(2 if random.random() < 0.15 else 1):
-        path = random.choice(files)
-        name = str(path.relative_to(folder))
+        name = random.choice(files)
+        path = folder / name
         if random.random() < PLACES:
-            said.append(
-                f"{name}: {_change_place(path, folder, outside, random, may_link=may_link, is_text=is_text)}"
+            what, place = _change_place(
+                path, folder, files, outside, random, may_link=may_link, is_text=is_text
             )
-        elif path.is_file():
-            # Of a link of the hub's cache, what it points to is changed.
-            said.append(f"{name}: {_change_content(path.resolve(), random, path.suffix)}")
-    return "; then ".join(said)
+        elif path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            # Of a link of the hub's cache, what it points to is changed; never what lies outside.
+            place = path.resolve()
+            what = _change_content(place, random, path.suffix)
+        else:
+            continue
+        said.append(f"{name}: {what}")
+        touched.add(place)
+    return "; then ".join(said), touched
 
 
 def _change_content(path: Path, random: Random, suffix: str = "") -> str:
@@ -76,18 +81,27 @@ def _change_content(path: Path, random: Random, suffix: str = "") -> str:
 
 
 def _change_place(
-    path: Path, folder: Path, outside: Path, random: Random, *, may_link: bool, is_text: bool
-) -> str:
-    index = [p for p in folder.rglob("*.index.json") if p.is_file()]
+    path: Path,
+    folder: Path,
+    files: Sequence[str],
+    outside: Path,
+    random: Random,
+    *,
+    may_link: bool,
+    is_text: bool,
+) -> tuple[str, Path]:
+    """What was done, and where."""
+    found = [(folder / name).resolve() for name in files if name.endswith(".index.json")]
+    index = [path for path in found if path.is_file() and path.is_relative_to(folder.resolve())]
     kinds = [*_ABSENT, *(() if may_link else _LINKS), "stranger", *(["index names"] * 3 if index else [])]
     if is_text:
         kinds.remove("pipe")
     kind = random.choice(kinds)
     if kind == "stranger":
         (folder / "stranger").write_text("a letter")
-        return kind
+        return kind, folder / "stranger"
     if kind == "index names":
-        return _change_index(index[0], outside, random)
+        return _change_index(index[0], outside, random), index[0]
     if kind == "linked folder":
         inner = path.parent
         if inner == folder or inner.parent.name == "snapshots":
@@ -96,8 +110,11 @@ def _change_place(
         else:
             shutil.rmtree(inner)
             inner.symlink_to(outside)
-            return f"{inner.name} is a link to a folder outside"
-    path.unlink()
+            return f"{inner.name} is a link to a folder outside", inner
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
     if kind == "emptied":
         path.touch()
     elif kind == "folder":
@@ -110,11 +127,10 @@ def _change_place(
             "link to nothing": Path("nowhere"),
             "link out": outside / path.name,
             "link to a pipe outside": outside / "pipe",
-            "link to a password file": Path("/etc/passwd"),
-            "link to endless zeros": Path("/dev/zero"),
+            "link to a letter": outside / "letter.jinja",
         }[kind]
         path.symlink_to(target)
-    return kind
+    return kind, path
 
 
 def _change_index(path: Path, outside: Path, random: Random) -> str:
@@ -139,9 +155,8 @@ def _change_index(path: Path, outside: Path, random: Random) -> str:
         )
     )
     index["weight_map"] = {k: new if v == old else v for k, v in index["weight_map"].items()}
-    real = path.resolve()
-    real.unlink()
-    real.write_text(json.dumps(index))
+    path.unlink()
+    path.write_text(json.dumps(index))
     return f"the index names {new!r:.60}"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
@@ -19,7 +21,7 @@ import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 from foreign_models import Scheme, make_foreign  # noqa: E402
-from random_models import PROVENANCE, make_desc, quantized, small_source  # noqa: E402
+from random_models import PROVENANCE, make_desc, quantized  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from d2qconv.arch.bind import bind  # noqa: E402
@@ -40,9 +42,11 @@ from d2qconv_hf.exporter import HfExporter  # noqa: E402
 from d2qconv_onnx import OnnxOptions  # noqa: E402
 from d2qconv_onnx.exporter import OnnxExporter  # noqa: E402
 
-SMALL = Dims(vocab=512, hidden=64, ffn=64, n_layers=1, n_heads=2, n_kv_heads=1, head=32)
+#: Few tokens: gguf-py takes long for each.
+VOCAB = 64
+SMALL = Dims(vocab=VOCAB, hidden=64, ffn=64, n_layers=1, n_heads=2, n_kv_heads=1, head=32)
 #: For the types whose blocks have 256 columns.
-WIDE = Dims(vocab=512, hidden=256, ffn=256, n_layers=1, n_heads=4, n_kv_heads=2, head=64)
+WIDE = Dims(vocab=VOCAB, hidden=256, ffn=256, n_layers=1, n_heads=4, n_kv_heads=2, head=64)
 TEXT = (
     "The lighthouse keeper didn't count the ships; he counted the years. In 1987 there were 12,345 of them. "
 )
@@ -56,8 +60,29 @@ class Notes(msgspec.Struct):
     loss: float
 
 
+@cache
+def small_source() -> Checkpoint:
+    """A checkpoint with the first tokens of a real tokenizer, and no weights."""
+    folder = Path(tempfile.mkdtemp(prefix="d2qconv-fuzz-tokenizer-"))
+    atexit.register(shutil.rmtree, folder)
+    real = ROOT / "tests" / "data" / "tiny-llama-5m"
+    parts = json.loads((real / "tokenizer.json").read_text())
+    model = parts["model"]
+    ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    # The special ones, small letters, the letter for a space, and the first that merges make.
+    made = [text for text in ordered[256:400] if text.lstrip("Ġ").islower()]
+    kept = [*ordered[:3], *map(chr, range(ord("a"), ord("z") + 1)), "Ġ", *made][:VOCAB]
+    model["vocab"] = {text: i for i, text in enumerate(kept)}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    model["merges"] = [p for p in pairs if {*p, "".join(p)} <= model["vocab"].keys()]
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    shutil.copy(real / "tokenizer_config.json", folder)
+    config = json.loads((real / "config.json").read_text()) | {"vocab_size": VOCAB}
+    return Checkpoint(folder, str(folder), "", config, {}, "")
+
+
 def _model(folder: Path, kind: str, **more: Any) -> Path:
-    sizes = {"hidden": 64, "ffn": 64, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 32, "vocab": 512}
+    sizes = {"hidden": 64, "ffn": 64, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 32, "vocab": VOCAB}
     made = make_checkpoint(folder, kind, **(sizes | {"tokenizer": small_source().path} | more))
     (made / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1], "temperature": 0.7}))
     return made
@@ -123,7 +148,7 @@ def tokenizers(root: Path) -> None:
     (rich / "chat_template.jinja").write_text("{{ messages }}")
     (rich / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
     alone = root / "sentencepiece"
-    _model(alone, "llama")
+    _model(alone, "llama", vocab=512)
     (alone / "tokenizer.json").unlink()
     (alone / "tokenizer.model").write_bytes(_sentencepiece())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -143,7 +168,7 @@ def _sentencepiece() -> bytes:
     """A BPE model with byte pieces."""
     out = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 4), model_writer=out, model_type="bpe", vocab_size=400,
+        sentence_iterator=iter([TEXT] * 4), model_writer=out, model_type="bpe", vocab_size=300,
         normalization_rule_name="identity", byte_fallback=True, remove_extra_whitespaces=False,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
@@ -177,7 +202,7 @@ def _as_json(model: bytes) -> str:
 
 def token_files(root: Path) -> None:
     """Calibration of every kind that is a file."""
-    ids = np.arange(200) % 512
+    ids = np.arange(200) % VOCAB
     for name in ("text", "lines", "array", "tensors"):
         (root / name).mkdir()
     (root / "text" / "c.txt").write_text(TEXT * 20)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,10 +29,17 @@ _N_LINES = 12
 class Fuzzer:
     """Pristine folders of readers, made when needed, and one place where each case is played."""
 
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._guard = Guard(small_source().path)
+    def __init__(self, home: Path, *, is_kept: bool = False) -> None:
+        """is_kept: leave a case's files as they are, at `last`."""
+        home.mkdir(parents=True, exist_ok=True)
+        self._home = home = home.resolve()
+        tempfile.tempdir = str(home)
+        self.is_kept = is_kept
+        self._guard = Guard(home)
+        self._guard.allow(small_source().path)
         self._expected: dict[str, dict[str, Any]] = {}
+        self._facts: dict[Path, tuple[list[str], int]] = {}
+        self.last = home
         without_runtimes()
 
     def prepare(self, reader: Reader) -> None:
@@ -45,7 +53,11 @@ class Fuzzer:
         make_outside(pristine, place / "outside")
         found = {}
         for variant in sorted(path.name for path in pristine.iterdir()):
-            found[variant] = reader.read(self._fresh(reader, variant))
+            folder = pristine / variant
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            n_bytes = sum(path.stat().st_size for path in files)
+            self._facts[folder] = sorted(str(path.relative_to(folder)) for path in files), n_bytes
+            found[variant] = reader.read(self._case(reader, variant))
         self._expected[reader.name] = found
 
     def run(self, reader: Reader, seed: int, number: int) -> tuple[str, str, str]:
@@ -53,12 +65,17 @@ class Fuzzer:
         self.prepare(reader)
         random = Random(f"{seed} {reader.name} {number}")
         variant = random.choice(sorted(self._expected[reader.name]))
-        folder = self._fresh(reader, variant)
+        folder, pristine = self._case(reader, variant), self._home / reader.name / "pristine" / variant
         outside = self._home / reader.name / "outside"
-        change = change_folder(folder, outside, random, may_link=reader.may_link, is_text=reader.is_text)
+        files, n_bytes = self._facts[pristine]
+        change, touched = change_folder(
+            folder, files, outside, random, may_link=reader.may_link, is_text=reader.is_text
+        )
         changed = f"{variant}: {change}"
+        self.last = folder
+        found = None
         kind, why = "accepted", ""
-        with self._guard.watching(folder) as seen:
+        with self._guard.watching(folder, n_bytes) as seen:
             try:
                 found = reader.read(folder)
             except D2qError as error:
@@ -78,18 +95,37 @@ class Fuzzer:
             kind, why = "finding", "a link that leads out of the folder was accepted"
         if seen.faults:
             kind, why = "finding", f"{'; '.join(dict.fromkeys(seen.faults))} ({kind}: {why})"
+        if not self.is_kept:
+            _restore(folder, pristine, touched)
         return kind, why, changed
 
-    def folder(self, reader: Reader) -> Path:
-        """Where the last case was played."""
-        return self._home / reader.name / "case"
-
-    def _fresh(self, reader: Reader, variant: str) -> Path:
-        case = self.folder(reader)
-        if case.is_symlink() or case.exists():
+    def _case(self, reader: Reader, variant: str) -> Path:
+        """A folder like the pristine one. It is made once, since `run` restores what it changed."""
+        pristine, case = (
+            self._home / reader.name / "pristine" / variant,
+            self._home / reader.name / f"case-{variant}",
+        )
+        if reader.may_drop and case.exists():
+            # Such a reader changes files itself.
             shutil.rmtree(case)
-        shutil.copytree(self._home / reader.name / "pristine" / variant, case, symlinks=True)
+        if not case.exists():
+            shutil.copytree(pristine, case, symlinks=True)
         return case
+
+
+def _restore(folder: Path, pristine: Path, touched: set[Path]) -> None:
+    """Put back what was changed."""
+    for path in touched:
+        real = pristine / path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if real.is_dir():
+            shutil.copytree(real, path)
+        elif real.exists():
+            path.parent.mkdir(exist_ok=True)
+            shutil.copyfile(real, path, follow_symlinks=False)
 
 
 def _last_lines() -> str:

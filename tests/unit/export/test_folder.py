@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -195,6 +196,16 @@ def test_a_kill_at_any_system_call_of_a_first_package_leaves_it_or_none(tmp_path
         make_two_files(out, "newest")
         assert names(out.parent) == ["p"]
     assert [text for text, _ in groupby(seen)] == ["none", "new"]
+
+
+def test_who_has_the_older_model_mapped_keeps_it(tmp_path):
+    make(tmp_path / "p", "old")
+    file = tmp_path / "p" / "model"
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        before = held[:]
+        make(tmp_path / "p", "new", overwrite=True)
+        assert held[:] == before
+    assert content(tmp_path / "p") == "new"
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import stat
@@ -146,6 +147,16 @@ def test_refused_before_the_work(tmp_path, name):
         pytest.fail("the body ran")
     assert names(tmp_path) == before
     assert (tmp_path / "there.gguf").read_bytes() == b"old"
+
+
+def test_who_has_the_older_file_mapped_keeps_it(tmp_path):
+    out = tmp_path / "x.gguf"
+    out.write_bytes(b"old" * 4096)
+    with out.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        with atomic_output(out, overwrite=True) as partial:
+            partial.write_bytes(b"new")
+        assert held[:] == b"old" * 4096
+    assert out.read_bytes() == b"new"
 
 
 def test_links_in_a_circle_are_no_place(tmp_path):

@@ -352,6 +352,4 @@ def _pieces(path: Path) -> dict[str, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again"
-    )
+    return InputError(f"the tokenizer cannot be read: {error}", where=str(path), todo="fetch the file again")

@@ -184,6 +184,14 @@ def test_spoiled_files_with_a_type_newer_than_gguf_py_are_refused(tmp_path):
         read(spoiled(tmp_path, data.replace(struct.pack("<QQI", 64, 3, 42), struct.pack("<QQI", 96, 2, 42))))
 
 
+def test_more_items_than_a_vocabulary_has_are_refused(tmp_path):
+    """gguf-py would make three million arrays of three megabytes."""
+    n = 3 << 20
+    key = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 0, n)
+    with pytest.raises(VerifyError, match="items"):
+        read(spoiled(tmp_path, struct.pack("<IIQQ", 0x46554747, 3, 0, 1) + key + bytes(n)))
+
+
 @pytest.mark.timeout(10)
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.gguf")

@@ -44,7 +44,8 @@ def model_of(file: GgufFile) -> ModelDesc:
             tensor = tensor_id(name)
         except ValueError as error:
             raise VerifyError(str(error), where=str(file.path)) from error
-        load: Callable[[], torch.Tensor] = partial(to_torch, stored, checkpoint_order(tensor, layout, dims))
+        # The order is made when it is needed: by then the sizes are known to be those of the tensors.
+        load: Callable[[], torch.Tensor] = partial(_load, stored, tensor, layout, dims)
         tensors[tensor] = Dense(stored.shape, torch.float32, load)
     desc = ModelDesc(
         arch=BUILT_IN[layout.arch],
@@ -59,6 +60,10 @@ def model_of(file: GgufFile) -> ModelDesc:
     )
     _check_shapes(file, desc)
     return desc
+
+
+def _load(stored: StoredTensor, tensor: TensorId, layout: Layout, dims: Dims) -> torch.Tensor:
+    return to_torch(stored, checkpoint_order(tensor, layout, dims))
 
 
 def layout_of(file: GgufFile) -> Layout:
@@ -99,6 +104,8 @@ def _dims(file: GgufFile) -> Dims:
         head=head,
     )
     n_rot = file.get(f"{arch}.rope.dimension_count", int)
+    if head < 2 or head % 2 or min(dims.n_kv_heads, dims.n_layers, dims.ffn) < 1:
+        raise VerifyError(f"has impossible sizes: {dims}", where=str(file.path))
     if n_rot not in {None, head}:
         raise VerifyError(f"rotates {n_rot} of {head} dimensions; we only know all", where=str(file.path))
     return dims

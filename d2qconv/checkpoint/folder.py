@@ -24,8 +24,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: Suffixes of files that would have to be unpickled.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: No JSON file of a checkpoint is longer (tokenizer.json of the largest vocabularies: some 35 MB).
-MAX_JSON_BYTES = 200_000_000
+#: No JSON file of a checkpoint is longer (tokenizer.json of the largest vocabularies: some 35 MB; the index of 200,000
+#: tensors: 25 MB). What is parsed takes up to thirty times as much memory.
+MAX_JSON_BYTES = 100_000_000
 #: How many names an error lists.
 N_LISTED = 10
 

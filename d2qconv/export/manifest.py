@@ -7,6 +7,7 @@ package comes from, and what it needs to be loaded.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -113,6 +114,17 @@ def files_check(folder: Path, manifest: Manifest) -> Check:
         return Check("files", f"{_listed(wrong)} not as recorded in {MANIFEST}", False)
     n_bytes = sum(record.n_bytes for record in manifest.files.values())
     return Check("files", f"{len(manifest.files)} files, {n_bytes:,} bytes, by SHA-256 as recorded", True)
+
+
+def require_known(folder: Path, manifest: Manifest, known: Collection[str]) -> None:
+    """Raise VerifyError if a package has a file that its exporter never writes.
+
+    Runtimes act on files by their names: an adapter_config.json sends transformers to another model, for one. A record
+    says that a file is what its author put there, and a package's author may be anybody.
+    """
+    strange = sorted(set(manifest.files) - set(known))
+    if strange:
+        raise VerifyError(f"holds files that d2qconv does not write: {_listed(strange)}", where=str(folder))
 
 
 def file_record(path: Path) -> FileRecord:

@@ -39,6 +39,9 @@ _STRING, _ARRAY = 8, 9
 #: bytes of a metadata value by its GGUFValueType
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_DIMS = 4
+#: Keys with the items of their arrays, and tensors: the largest vocabularies have some 1.3 million tokens, scores,
+#: types and merges. gguf-py makes several objects of some hundred bytes for each.
+_MAX_ITEMS, _MAX_TENSORS = 1 << 21, 1 << 17
 #: Values that are decoded at a time, so that what gguf-py makes of them on the way stays in the processor's cache.
 _PIECE = 1 << 19
 _BROKEN = (ValueError, KeyError, IndexError, TypeError, OverflowError, AttributeError, RecursionError)
@@ -293,6 +296,7 @@ class _Walk:
         self.data = data
         self.at = 0
         self.alignment = 32
+        self.n_items = 0
 
     def run(self) -> list[_Span]:
         """Walk keys and tensor infos behind the magic, and check that every tensor's bytes lie in the file."""
@@ -300,7 +304,10 @@ class _Walk:
         version, n_tensors, n_keys = self._take("<IQQ")
         if version not in (2, 3):
             raise self._bad(f"version {version} is not 2 or 3 (or the file is big-endian)")
+        if n_tensors > _MAX_TENSORS:
+            raise self._bad(f"announces {n_tensors} tensors")
         for _ in range(self._count(n_keys, 12)):
+            self._add_items(1)
             key = self._string()
             (kind,) = self._take("<I")
             start = self.at
@@ -343,6 +350,13 @@ class _Walk:
             raise self._bad(f"announces {n} items at byte {self.at}, more than it holds")
         return n
 
+    def _add_items(self, n: int) -> None:
+        self.n_items += n
+        if self.n_items > _MAX_ITEMS:
+            raise self._bad(
+                f"its metadata announce {self.n_items} items, more than it holds or than any model has"
+            )
+
     def _string(self) -> bytes:
         (length,) = self._take("<Q")
         start = self._skip(length)
@@ -353,6 +367,7 @@ class _Walk:
             self._string()
         elif kind == _ARRAY and depth == 0:
             item, length = self._take("<IQ")
+            self._add_items(length)
             if item in _SIZES:
                 self._skip(length * _SIZES[item])
                 return

@@ -7,7 +7,6 @@ for YaRN), and rows of q and k go back to the checkpoint's order. Values come fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -44,10 +43,10 @@ def model_of(file: GgufFile) -> ModelDesc:
             tensor = tensor_id(name)
         except ValueError as error:
             raise VerifyError(str(error), where=str(file.path)) from error
-        order = checkpoint_order(tensor, layout, dims)
-        load: Callable[[], torch.Tensor] = partial(to_torch, stored, order)
-        rows = partial(rows_to_torch, stored, order) if len(stored.shape) > 1 else None
-        tensors[tensor] = Dense(stored.shape, torch.float32, load, rows)
+        # The order is made when it is needed: by then the sizes are known to be those of the tensors.
+        place = (stored, tensor, layout, dims)
+        rows = partial(_rows, *place) if len(stored.shape) > 1 else None
+        tensors[tensor] = Dense(stored.shape, torch.float32, partial(_load, *place), rows)
     desc = ModelDesc(
         arch=BUILT_IN[layout.arch],
         dims=dims,
@@ -61,6 +60,16 @@ def model_of(file: GgufFile) -> ModelDesc:
     )
     _check_shapes(file, desc)
     return desc
+
+
+def _load(stored: StoredTensor, tensor: TensorId, layout: Layout, dims: Dims) -> torch.Tensor:
+    return to_torch(stored, checkpoint_order(tensor, layout, dims))
+
+
+def _rows(
+    stored: StoredTensor, tensor: TensorId, layout: Layout, dims: Dims, index: torch.Tensor
+) -> torch.Tensor:
+    return rows_to_torch(stored, checkpoint_order(tensor, layout, dims), index)
 
 
 def layout_of(file: GgufFile) -> Layout:
@@ -101,6 +110,8 @@ def _dims(file: GgufFile) -> Dims:
         head=head,
     )
     n_rot = file.get(f"{arch}.rope.dimension_count", int)
+    if head < 2 or head % 2 or min(dims.n_kv_heads, dims.n_layers, dims.ffn) < 1:
+        raise VerifyError(f"has impossible sizes: {dims}", where=str(file.path))
     if n_rot not in {None, head}:
         raise VerifyError(f"rotates {n_rot} of {head} dimensions; we only know all", where=str(file.path))
     return dims

@@ -28,6 +28,8 @@ SPACE = "\u2581"
 #: Score of a token that no merge makes, and of added tokens, as llama.cpp's converter has it.
 NO_SCORE = -1000.0
 _UNIGRAM, _BPE = 1, 2
+#: The largest vocabularies take some 5 MB.
+MAX_BYTES = 100_000_000
 #: A varint has ten bytes at most.
 _MAX_SHIFT = 63
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -56,7 +58,11 @@ class SpmModel:
 def read_model(path: Path) -> SpmModel:
     """Parse a tokenizer.model; raises InputError if it is none."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         return _parse(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
     except (ValueError, IndexError, struct.error) as error:
         raise InputError(
             f"not a SentencePiece model: {error}", where=str(path), todo="fetch the file again, or remove it"

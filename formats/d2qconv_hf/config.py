@@ -19,6 +19,10 @@ from d2qconv.names import Part, Role, TensorId
 _STORAGE = ("quantization_config", "compression_config", "torch_dtype", "dtype", "_name_or_path")
 
 
+#: Carried besides the tokenizer's files.
+LICENSES = ("LICENSE", "LICENSE.txt", "NOTICE")
+
+
 @dataclass(frozen=True)
 class Label:
     """What a model with biases of gate and up is called. drop: keys of the old label; add: keys of the new one.

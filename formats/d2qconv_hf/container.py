@@ -26,6 +26,7 @@ _DTYPES: Mapping[str, tuple[str, int]] = {
     "U32": ("<u4", 4),
     "I64": ("<i8", 8),
 }
+INDEX = "model.safetensors.index.json"
 _MOST_HEADER = 100_000_000
 _MOST_RANK = 8
 #: Values that are made of an array at a time.
@@ -135,7 +136,7 @@ def open_folder(path: Path) -> Folder:
 
 def _files(path: Path) -> dict[str, set[str] | None]:
     """Names of the files with weights, each with the arrays that the index puts there."""
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if not index.exists() and not index.is_symlink():
         return {"model.safetensors": None}
     _require_regular(index)

@@ -43,7 +43,7 @@ from d2qconv.grids.exact import as_affine, holds
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_hf import HfOptions, compatibility, types
-from d2qconv_hf.config import LABELS, Labelled, labelled, package_config
+from d2qconv_hf.config import LABELS, LICENSES, Labelled, labelled, package_config
 from d2qconv_hf.container import open_folder
 from d2qconv_hf.diagnose import diagnose_folder
 from d2qconv_hf.dialects.base import Content, Dialect, Scheme
@@ -55,8 +55,6 @@ from d2qconv_hf.verify import EXACT, PRODUCTS, verify_folder
 from d2qconv_hf.weights import Weights, module_name, stored_name
 
 RULES = OverrideOption("tensor-type", (*types.BITS, types.FLOAT), "int4")
-#: Carried as well.
-LICENSES = ("LICENSE", "LICENSE.txt", "NOTICE")
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,12 @@ def _transformers(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, device_map="cpu", trust_remote_code=False, output_loading_info=True
+        path,
+        dtype=torch.float32,
+        device_map="cpu",
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     bad = {
         key: sorted(info[key])

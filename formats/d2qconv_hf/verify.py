@@ -14,13 +14,15 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import lacks_room
 from d2qconv.errors import VerifyError
 from d2qconv.export.base import Check, Progress
-from d2qconv.export.manifest import Manifest, files_check, read_manifest
+from d2qconv.export.manifest import Manifest, files_check, read_manifest, require_known
+from d2qconv.export.planned import SIDE_FILES
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.measure.reference import needed_bytes
 from d2qconv.threads import each
 from d2qconv_hf import runtime
-from d2qconv_hf.container import open_folder
+from d2qconv_hf.config import LICENSES
+from d2qconv_hf.container import INDEX, open_folder
 from d2qconv_hf.dialects.base import Facts
 from d2qconv_hf.reader import Model, read_model
 
@@ -35,8 +37,11 @@ _SHOWN = 5
 def verify_folder(path: Path, facts: Facts, progress: Progress) -> list[Check]:
     """All checks of one package; see `Exporter.verify`. The runtime sees it only if the others passed."""
     manifest = read_manifest(path)
+    opened = open_folder(path)
+    weights = {span.path.name for span in opened.spans.values()}
+    require_known(path, manifest, ("config.json", INDEX, *weights, *SIDE_FILES, *LICENSES))
     checks = [files_check(path, manifest)]
-    model = read_model(open_folder(path), str(manifest.facts.get("architecture")))
+    model = read_model(opened, str(manifest.facts.get("architecture")))
     checks += [_record_check(model, manifest, progress)]
     if not all(check.is_passed for check in checks):
         return checks

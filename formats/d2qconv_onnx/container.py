@@ -22,7 +22,7 @@ from d2qconv.errors import VerifyError
 from d2qconv_onnx.genai import MODEL
 
 #: Graphs of our models take some hundred kilobytes.
-MOST_BYTES = 256 << 20
+MOST_BYTES = 32 << 20
 _DTYPES: Mapping[int, np.dtype] = {
     onnx.TensorProto.FLOAT: np.dtype("<f4"),
     onnx.TensorProto.UINT8: np.dtype("u1"),
@@ -130,8 +130,15 @@ def open_model(folder: Path) -> Container:
     if not is_text:
         raise container.error("has names that are not UTF-8")
     inside = [a.name for node in proto.graph.node for a in node.attribute if a.type in _GRAPHS]
+    # Data of another file, which no span has looked at.
+    inside += [
+        a.name
+        for node in proto.graph.node
+        for a in node.attribute
+        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in (a.t, *a.tensors))
+    ]
     if inside or proto.functions or proto.graph.sparse_initializer:
-        raise container.error("holds graphs, functions or sparse tensors inside its graph")
+        raise container.error("holds graphs, functions, sparse or external tensors inside its graph")
     return container
 
 

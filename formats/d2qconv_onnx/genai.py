@@ -85,7 +85,9 @@ def _config(desc: ModelDesc, checkpoint: Checkpoint) -> dict[str, Any]:
             },
         },
     }
-    search: dict[str, Any] = {name: generation[name] for name in _SEARCH if name in generation}
+    search: dict[str, Any] = {
+        name: generation[name] for name in _SEARCH if isinstance(generation.get(name), bool | int | float)
+    }
     search |= {
         "max_length": min(desc.max_positions, MAX_LENGTH),
         "min_length": 0,

@@ -1,8 +1,13 @@
-"""Reads genai_config.json again: the sizes that ONNX Runtime GenAI makes its caches by must be the graph's."""
+"""Reads genai_config.json again: the sizes that ONNX Runtime GenAI makes its caches by must be the graph's.
+
+GenAI does what this file says, and some of that is code: `custom_ops_library` in the session's options is a shared
+library that it loads, a provider's options name others. So keys that d2qconv does not write are refused.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -14,7 +19,15 @@ from d2qconv_onnx.genai import CONFIG, MODEL
 _MOST_BYTES = 1 << 20
 
 
-class _Decoder(msgspec.Struct, frozen=True):
+class _Session(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    log_id: str
+    provider_options: Annotated[list[str], msgspec.Meta(max_length=0)]
+
+
+class _Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    session_options: _Session
+    inputs: dict[str, str]
+    outputs: dict[str, str]
     filename: str
     head_size: int
     hidden_size: int
@@ -23,17 +36,19 @@ class _Decoder(msgspec.Struct, frozen=True):
     num_hidden_layers: int
 
 
-class _Model(msgspec.Struct, frozen=True):
+class _Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: str
     vocab_size: int
     context_length: int
     decoder: _Decoder
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
 
-class _File(msgspec.Struct, frozen=True):
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: _Model
+    search: dict[str, bool | int | float | None]
 
 
 class GenaiConfig(msgspec.Struct, frozen=True):

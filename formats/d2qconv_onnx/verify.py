@@ -15,12 +15,15 @@ from d2qconv.budget import lacks_room
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
 from d2qconv.export.base import Check, Progress
-from d2qconv.export.manifest import Manifest, files_check, read_manifest
+from d2qconv.export.manifest import Manifest, files_check, read_manifest, require_known
+from d2qconv.export.planned import SIDE_FILES
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.measure.reference import needed_bytes
 from d2qconv.threads import each
 from d2qconv_onnx.container import Container, open_model
+from d2qconv_onnx.data import DATA
+from d2qconv_onnx.genai import CONFIG, MODEL
 from d2qconv_onnx.names import ROPE_COS, ROPE_SIN
 from d2qconv_onnx.nodes import integer
 from d2qconv_onnx.reader import Matrix, OnnxModel, desc_of, digest, read_model
@@ -43,6 +46,7 @@ _LAST_PLACES = 4 * float(np.finfo(np.float32).eps)
 def verify_folder(path: Path, progress: Progress) -> list[Check]:
     """All checks of one package; see `Exporter.verify`. The runtimes see it only if the others passed."""
     manifest = read_manifest(path)
+    require_known(path, manifest, (MODEL, DATA, CONFIG, *SIDE_FILES))
     checks = [files_check(path, manifest)]
     container = open_model(path)
     model = read_model(container)

@@ -253,10 +253,10 @@ def read_hf(exporter: type[HfExporter]) -> Callable[[Path], object]:
 def read_folder_manifest(folder: Path) -> object:
     """A package's manifest, and what is done with it before its format is known."""
     found = read_manifest(folder)
-    check = files_check(folder, found)
     inspected(folder)
     discover.for_file(folder, FOUND)
-    return check.is_passed
+    passed([files_check(folder, found)], folder)
+    return None
 
 
 def read_work_folder(folder: Path) -> object:

@@ -13,7 +13,7 @@ from gguf_models import DIMS, OWN_BIASES, PLAIN, ROPES, as_stored, make_desc, wr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2qconv.arch.spec import Rope
+from d2qconv.arch.spec import Dims, Rope
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import InputError, VerifyError
@@ -27,6 +27,8 @@ from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.metadata import KV, rope_freqs
 from d2qconv_gguf.reader import llama3_rope, read_model
 from d2qconv_gguf.writer import Entry, write_file
+
+TINY = Dims(vocab=512, hidden=64, ffn=64, n_layers=1, n_heads=2, n_kv_heads=1, head=32)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
@@ -182,6 +184,34 @@ def test_spoiled_files_with_a_type_newer_than_gguf_py_are_refused(tmp_path):
         read(spoiled(tmp_path, data.replace(b"b.weight", b"a.weight")))
     with pytest.raises(VerifyError, match="does not fit Q2_0"):
         read(spoiled(tmp_path, data.replace(struct.pack("<QQI", 64, 3, 42), struct.pack("<QQI", 96, 2, 42))))
+
+
+def test_more_items_than_a_vocabulary_has_are_refused(tmp_path):
+    """gguf-py would make three million arrays of three megabytes."""
+    n = 3 << 20
+    key = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 0, n)
+    with pytest.raises(VerifyError, match="items"):
+        read(spoiled(tmp_path, struct.pack("<IIQQ", 0x46554747, 3, 0, 1) + key + bytes(n)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 2**31 - 1),
+        ("attention.key_length", 3),
+        ("block_count", 2**31),
+        ("feed_forward_length", 0),
+    ],
+)
+def test_sizes_that_are_not_the_tensors_cost_nothing(tmp_path, key, value):
+    """Row orders of 2^31 heads would take 500 GB."""
+    package, *_ = write(tmp_path / "x.gguf", make_desc("llama", dims=TINY), PLAIN)
+    data = bytearray(package.path.read_bytes())
+    name = f"llama.{key}".encode()
+    at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
+    struct.pack_into("<I", data, at, value)
+    with pytest.raises(VerifyError):
+        read_model(spoiled(tmp_path, data))
 
 
 @pytest.mark.timeout(10)

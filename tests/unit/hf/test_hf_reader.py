@@ -6,13 +6,16 @@ import random
 import shutil
 from contextlib import suppress
 
+import msgspec
 import pytest
 from hf_models import EXPORTERS, write
 
 from d2qconv.errors import D2qError
-from d2qconv.export.manifest import files_check, read_manifest
+from d2qconv.export.base import silent
+from d2qconv.export.manifest import file_records, files_check, read_manifest, write_manifest
 from d2qconv_hf.container import open_folder
 from d2qconv_hf.reader import read_model
+from d2qconv_hf.verify import verify_folder
 
 
 @pytest.fixture(scope="module", params=EXPORTERS)
@@ -103,6 +106,17 @@ def test_a_pipe_or_link_is_no_file_of_a_package(package, tmp_path, name, is_pipe
         file.symlink_to(tmp_path / name)
     with pytest.raises(D2qError, match="no regular file"):
         open_folder(tmp_path / "p")
+
+
+def test_a_file_that_no_package_has_is_refused(package, tmp_path):
+    """transformers would follow an adapter_config.json to another model."""
+    exporter, folder = package
+    shutil.copytree(folder, tmp_path / "p")
+    (tmp_path / "p" / "adapter_config.json").write_text("{}")
+    manifest = msgspec.structs.replace(read_manifest(tmp_path / "p"), files=file_records(tmp_path / "p"))
+    write_manifest(tmp_path / "p", manifest)
+    with pytest.raises(D2qError, match="does not write: adapter_config"):
+        verify_folder(tmp_path / "p", exporter.dialect.facts, silent)
 
 
 def test_version_1_of_gptq_is_not_taken_for_version_2(tmp_path):

@@ -257,8 +257,49 @@ def test_a_config_that_is_not_the_graphs_is_refused(package, tmp_path, key, valu
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"][key] = value
     (folder / "genai_config.json").write_text(json.dumps(config))
-    with pytest.raises(VerifyError, match=key if key != "decoder" else "filename"):
+    with pytest.raises(VerifyError, match=key if key != "decoder" else "session_options"):
         desc_of(read_model(open_model(folder)))
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        (("model", "decoder", "session_options"), "custom_ops_library", "evil.so"),
+        (("model", "decoder", "session_options"), "provider_options", [{"cuda": {}}]),
+        (("model", "decoder"), "pipeline", [{}]),
+        (("model",), "vision", {"filename": "evil.onnx"}),
+        ((), "engine", {}),
+    ],
+)
+def test_a_config_that_makes_genai_load_something_else_is_refused(package, tmp_path, place, key, value):
+    folder = changed(package, tmp_path, lambda _: None)
+    config = json.loads((folder / "genai_config.json").read_text())
+    inner = config
+    for name in place:
+        inner = inner[name]
+    inner[key] = value
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(VerifyError, match="is not a config"):
+        verify_folder(with_new_records(folder), silent)
+
+
+def test_a_file_that_no_package_has_is_refused(package, tmp_path):
+    folder = changed(package, tmp_path, lambda _: None)
+    (folder / "evil.so").touch()
+    with pytest.raises(VerifyError, match=r"does not write: evil\.so"):
+        verify_folder(with_new_records(folder), silent)
+
+
+def test_a_constant_in_another_file_is_refused(package, tmp_path):
+    def add(proto):
+        tensor = helper.make_tensor("x", TensorProto.UINT8, [1], b"0", raw=True)
+        tensor.data_location = TensorProto.EXTERNAL
+        entry = tensor.external_data.add()
+        entry.key, entry.value = "location", "../letter"
+        proto.graph.node.append(helper.make_node("Constant", [], ["x"], "x", value=tensor))
+
+    with pytest.raises(VerifyError, match="external tensors"):
+        open_model(changed(package, tmp_path, add))
 
 
 def with_new_records(folder):

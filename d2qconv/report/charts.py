@@ -160,7 +160,7 @@ def histogram(
     for number, (name, value) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
         x, y = place(value), 9.0 + 11 * number
         parts.append(_line([(x, y + 3), (x, floor)], "mark"))
-        is_right = x > WIDTH * 0.75
+        is_right = x > WIDTH * 0.86
         parts.append(_text(x - 3 if is_right else x + 3, y + 2, name, "axis", "end" if is_right else "start"))
     return _svg(key, floor + 20, label, *parts)
 

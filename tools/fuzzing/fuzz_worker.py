@@ -132,7 +132,7 @@ def _last_lines() -> str:
     return "\n".join(traceback.format_exc().rstrip().splitlines()[-_N_LINES:])
 
 
-def work(home: Path, seed: int, shares: Iterable[tuple[str, int, int]], *, is_limited: bool) -> None:
+def work(home: Path, seed: int, shares: Iterable[tuple[str, int, int]], *, is_limited: bool) -> Fuzzer:
     """Play cases first … last - 1 of some readers, and print what came of them."""
     fuzzer = Fuzzer(home)
     for name, first, last in shares:
@@ -148,6 +148,7 @@ def work(home: Path, seed: int, shares: Iterable[tuple[str, int, int]], *, is_li
                 {"end": [name, number], "kind": kind}
                 | ({"why": why, "changed": changed} if kind == "finding" else {})
             )
+    return fuzzer
 
 
 def say(line: dict[str, Any]) -> None:

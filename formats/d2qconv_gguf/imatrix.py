@@ -24,6 +24,7 @@ from d2qconv.names import TensorId
 from d2qconv_gguf.container import read
 from d2qconv_gguf.metadata import KV
 from d2qconv_gguf.names import gguf_name
+from d2qconv_gguf.writer import Told
 
 INPUTS = "d2qconv.imatrix.inputs"
 
@@ -88,8 +89,8 @@ def write(path: Path, model: QuantizedModel) -> None:
             name, n = gguf_name(tensor), importance.n_tokens
             n_in = _n_in(model.desc, tensor)
             sums = importance.mean_squares()[:n_in].astype(np.float64) * n
-            writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32).reshape(1, -1))
-            writer.add_tensor(f"{name}.counts", np.full((1, 1), n, dtype=np.float32))
+            writer.add_tensor(f"{name}.in_sum2", sums.astype(np.float32).reshape(1, -1).view(Told))
+            writer.add_tensor(f"{name}.counts", np.full((1, 1), n, dtype=np.float32).view(Told))
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,6 +180,18 @@ def _write_cost(entry: Entry) -> int:
     return _digest_cost(entry) + entry.n_bytes + pieces
 
 
+class Told(np.ndarray):
+    """An array whose `tofile`, which gguf-py calls, tells what the system says to every byte.
+
+    numpy's own writes through a second, buffered stream, and takes no notice if its last bytes do not get to the disk.
+    """
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:  # noqa: ARG002 numpy's names
+        """Write all bytes to an open file; raises OSError."""
+        if self.size:
+            fid.write(np.ascontiguousarray(self).data.cast("B"))
+
+
 def write_file(
     path: Path,
     architecture: str,
@@ -231,6 +244,6 @@ def _write_data(
                 raise ExportError(
                     f"packs into {data.nbytes} bytes, planned were {entry.n_bytes}", where=entry.name
                 )
-            writer.write_tensor_data(data)
+            writer.write_tensor_data(data.view(Told))
     if first + len(made) == n_all:
         progress(2 * n_all, 2 * n_all, "written")

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -23,7 +24,7 @@ from d2qconv_gguf.exporter import GgufExporter
 from d2qconv_gguf.grids import GRIDS
 from d2qconv_gguf.names import LLAMA, row_order
 from d2qconv_gguf.types import n_bytes, storage
-from d2qconv_gguf.writer import Entry, digest_all, write_file
+from d2qconv_gguf.writer import Entry, Told, digest_all, write_file
 
 
 def entry(name, stored, kind, order=None):
@@ -195,3 +196,14 @@ def test_equal_inputs_give_equal_bytes(tmp_path):
     one, _, _ = write(tmp_path / "x.gguf", desc, FAST)
     two, _, _ = write(tmp_path / "y.gguf", desc, FAST)
     assert one.path.read_bytes() == two.path.read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_what_does_not_get_to_the_disk_is_told(tmp_path):
+    """numpy's tofile says nothing about the last 4096 bytes."""
+    values = np.arange(100, dtype=np.float32)
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        values.view(Told).tofile(full)
+    with (tmp_path / "x").open("wb") as file:
+        values.view(Told).tofile(file)
+    assert (tmp_path / "x").read_bytes() == values.tobytes()

@@ -187,7 +187,7 @@ def _stages(stages: Mapping[str, float]) -> str:
 
 def _block_seconds(report: Report) -> str:
     listed = [Bar(f"block {b.index}", b.seconds, duration(b.seconds)) for b in report.blocks]
-    note = "Quantizing each block; those of an earlier run that was cut off took this long there."
+    note = "Quantizing each block; nothing for those that an earlier run, cut off, had left."
     rows = (
         [
             Cell(f"block {b.index}"),

@@ -137,7 +137,10 @@ class LastPassEntry(msgspec.Struct, frozen=True):
 
 
 class BlockEntry(msgspec.Struct, frozen=True):
-    """One block. error: of the activations behind it. n_bytes: of its tensors; bits_per_weight: of its matrices."""
+    """One block. error: of the activations behind it. n_bytes: of its tensors; bits_per_weight: of its matrices.
+
+    seconds: 0 where a run that was cut off had quantized it.
+    """
 
     index: int
     error: float

@@ -39,13 +39,12 @@ from d2qconv.walk.stream import Stream
 
 
 class BlockNotes(msgspec.Struct):
-    """What is remembered of a block besides its tensors. seconds: that quantizing it took; equal runs differ in it."""
+    """What is remembered of a block besides its tensors. It has no times in it: equal runs give equal notes."""
 
     errors: list[TensorError] = []
     folds: list[FoldRecord] = []
     refined: RefineNotes | None = None
     importance: list[Importance] = []
-    seconds: float = 0.0
 
 
 @dataclass

@@ -53,7 +53,7 @@ class BlockRecord:
     """What is known of a block besides its tensors.
 
     error: Σ‖x − s‖² / Σ‖s‖² of the held-out activations behind it, against the source's. seconds: that quantizing it
-    took; a block that an earlier run left keeps what it took there. refined: of a last pass block by block.
+    took, 0 where an earlier run did. refined: of a last pass block by block.
     """
 
     index: int
@@ -118,7 +118,9 @@ class Walk:
                 with timed("read"):
                     teacher = build_block(self.desc, index, files.take(index), self.device)
                 files.read_ahead(index + 1)
+                began = time.monotonic()
                 block, about = self._block(index, teacher, stream, files)
+                seconds = time.monotonic() - began if f"block-{index:04d}" not in files.found else 0.0
                 notes.errors += about.errors
                 notes.folds += about.folds
                 importance |= _by_tensor(about.importance, index)
@@ -126,7 +128,7 @@ class Walk:
                 if branches is not None:
                     branches.advance(judged, teacher)
                 error = stream_error(judged, self.team)
-                blocks.append(BlockRecord(index, error, about.seconds, about.refined))
+                blocks.append(BlockRecord(index, error, seconds, about.refined))
                 self.watch.figure("error", error)
                 if self.team.total(not stream.x.is_finite()):
                     raise RunError("activations are not finite any more", where=f"block {index}")
@@ -280,7 +282,6 @@ class Walk:
             block = self._stored_block(part)
             stream.advance(block, teacher)
             return block, self.store.notes(part, BlockNotes)
-        began = time.monotonic()
         is_refined = self.last_pass.scope == "block"
         start = self.placement.empty(*stream.x.shape) if is_refined else None
         if start is not None:
@@ -294,7 +295,6 @@ class Walk:
             quantized, notes.refined = self._refine_block(quantized, start, stream)
         floats = {str(role): t for role, t in (*quantized.norms.items(), *quantized.biases.items())}
         same_tensors(self.team, f"block {index}", floats)
-        notes.seconds = time.monotonic() - began
         files.write(part, _tensors(quantized, index), notes)
         block = _ready(self.desc, quantized)
         if start is None:

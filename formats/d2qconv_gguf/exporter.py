@@ -159,7 +159,8 @@ class GgufExporter:
             tensors += [planned] if isinstance(planned, TensorPlan) else []
             if isinstance(planned, Refusal):
                 unfit.setdefault((tensor.role, planned.why, planned.todo), []).append(tensor)
-        cost = f"; {widths.cost(model, asked)}" if unfit and self.options.pad == "never" else ""
+        may_pad = adopted is None and self.options.pad == "never"
+        cost = f"; {widths.cost(model, asked)}" if unfit and may_pad else ""
         refusals += once_a_role(
             {(role, why, todo + cost): where for (role, why, todo), where in unfit.items()}
         )

@@ -60,7 +60,7 @@ def test_the_choice_is_shown_with_what_it_will_cost(capsys, words):
     assert "sensitivity …" in shown.err
     rows = [line.split() for line in shown.out.splitlines()]
     [embed] = [row for row in rows if row[:1] == ["embed"]]
-    assert embed[1] in ("q4_0", "q8_0")
+    assert embed[1] in ("q4_0", "q4_1", "q5_0", "q8_0")
     assert any(row[:3] == ["gate", "0-1", embed[1]] or row[:1] == ["gate"] for row in rows)
     assert "chosen for --bpw 6" in shown.out
     assert "predicted" in shown.out

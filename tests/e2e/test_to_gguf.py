@@ -106,7 +106,7 @@ def test_every_type_in_one_file_runs_in_both_llama_cpps(capsys, tmp_path):
     wanted = {
         "q@0": "iq2_xxs", "k@0": "iq2_xs", "v@0": "iq2_s", "o@0": "iq3_xxs", "q@1": "iq3_s", "k@1": "tq2_0",
         "v@1": "iq4_xs", "o@1": "iq4_nl", "q@2": "q5_k", "k@2": "q6_k", "v@2": "q3_k", "o@2": "q4_k", "q@3": "q2_k",
-        "k@3": "q4_0", "v@3": "q8_0", "o@3": "iq2_xs", "gate@3": "iq2_s", "up@3": "iq3_xxs",
+        "k@3": "q4_0", "v@3": "q8_0", "o@3": "q4_1", "gate@3": "q5_0", "up@3": "iq3_xxs",
     }  # fmt: skip
     rules = [part for place, name in wanted.items() for part in ("--tensor-type", f"{place}={name}")]
     code, report = to_gguf(capsys, LLAMA, out, "--type", "q4_k", "--rounding", "nearest", *rules)

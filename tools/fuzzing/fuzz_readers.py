@@ -160,7 +160,7 @@ def read_tokenizer(folder: Path) -> object:
         return gguf_tokenizer.tokenizer_metadata(checkpoint, 512)
 
     def encode() -> object:
-        ids = calibration._encoder(checkpoint)("The keeper's 12 ships <s> \u2028 é")
+        ids = calibration.encoder(checkpoint)("The keeper's 12 ships <s> \u2028 é")
         require(all(type(i) is int and i >= 0 for i in ids), f"{ids} are no tokens")
         return ids
 

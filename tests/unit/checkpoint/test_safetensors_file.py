@@ -92,8 +92,6 @@ def test_changed_after_opening(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "size", "why"),
     [
-        ("I32", 4, "quantized already"),
-        ("U8", 1, "quantized already"),
         ("F8_E4M3", 1, "quantized already"),
         ("F64", 8, "convert the checkpoint"),
         ("X", 1, "must be BF16, F16 or F32"),

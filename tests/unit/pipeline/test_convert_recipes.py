@@ -183,7 +183,7 @@ def test_a_run_cut_off_behind_the_blocks_goes_on_and_gives_the_same_bytes(
         if when == "before the last pass":
             patched.setattr(walk_model, "refine_model", die)
         elif when == "after the last pass":
-            patched.setattr(pipeline, "_package", die)
+            patched.setattr(pipeline, "write_package", die)
         else:
             patched.setattr("d2qconv_gguf.exporter.require_same_function", die)
         with pytest.raises(KilledError):
@@ -208,7 +208,7 @@ def test_a_run_with_another_last_pass_does_not_go_on_from_it(tmp_path, text, sma
         def note(self, text):
             notes.append(text)
 
-    monkeypatch.setattr(pipeline, "_package", die)
+    monkeypatch.setattr(pipeline, "write_package", die)
     asked = job(small, tmp_path / "a.gguf", text)
     for steps, scope in ((2, "model"), (2, "model"), (3, "model"), (3, "block"), (0, "model")):
         recipe = replace(asked.recipe, refine=steps, refine_scope=scope)

@@ -19,7 +19,7 @@ from d2qconv.testing.models import make_checkpoint
 
 #: Exit codes of our own errors, by which a run may end that was disturbed: input, run, export.
 OURS = (2, 4, 5)
-QUICK = ("--no-report", 
+QUICK = ("--no-report",
     "--sequences", "4", "--length", "16", "--polish", "0", "--own", "0", "--device", "cpu", "--quiet", "--overwrite",
 )  # fmt: skip
 

@@ -303,9 +303,13 @@ class Store:
             return fresh
         path = self._folder / MANIFEST
         try:
-            return self._drop_damaged(msgspec.json.decode(path.read_bytes(), type=_Manifest))
+            manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
+            for part in manifest.parts.values():
+                for name in part.tensors:
+                    TensorId.parse(name)
+            return self._drop_damaged(manifest)
         # Text is looked at only where it is read: a header that parsed may hold names that do not.
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise damaged(path, str(error)) from error
 
     def _drop_damaged(self, manifest: _Manifest) -> _Manifest:

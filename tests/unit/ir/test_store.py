@@ -184,6 +184,14 @@ def test_text_that_is_no_utf_8_in_the_manifest_is_said(tmp_path):
         open_store(tmp_path)
 
 
+def test_a_tensor_of_the_manifest_that_is_none_is_said(tmp_path):
+    filled(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"blk.', b'"block.', 1))
+    with pytest.raises(RunError, match="damaged"):
+        open_store(tmp_path)
+
+
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("name", ["manifest.json", "lock", "block-0003.safetensors", "tokens.safetensors"])
 @pytest.mark.parametrize("is_pipe", [True, False])

@@ -305,12 +305,18 @@ class Store:
         try:
             manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
             for part in manifest.parts.values():
-                for name in part.tensors:
-                    TensorId.parse(name)
+                self._check_tensors(part)
             return self._drop_damaged(manifest)
         # Text is looked at only where it is read: a header that parsed may hold names that do not.
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise damaged(path, str(error)) from error
+
+    def _check_tensors(self, part: _Part) -> None:
+        """Raise ValueError for names that are no tensors', and grids that the run has not."""
+        for name, layout in part.tensors.items():
+            TensorId.parse(name)
+            if layout.grid and layout.grid not in self._grids:
+                raise ValueError(f"{name} is on a grid {layout.grid!r:.80} that this run has not")
 
     def _drop_damaged(self, manifest: _Manifest) -> _Manifest:
         """Keep the longest whole beginning of the parts, in the order of writing; the rest is made again.

@@ -143,6 +143,8 @@ def _rope(file: GgufFile, dims: Dims) -> Rope:
     scaling = f"{arch}.rope.scaling"
     kind = file.get(f"{scaling}.type", str)
     factor = file.get(f"{scaling}.factor", float) or 1.0
+    if not (0 < theta < math.inf and theta != 1 and 0 < factor < math.inf):
+        raise VerifyError(f"RoPE has the base {theta} and the factor {factor}", where=str(file.path))
     if ROPE_FREQS in file.tensors:
         if kind not in _UNSCALED:
             raise VerifyError(f"has {ROPE_FREQS} and RoPE scaling {kind!r}", where=str(file.path))
@@ -156,15 +158,21 @@ def _rope(file: GgufFile, dims: Dims) -> Rope:
     # llama.cpp multiplies cos and sin by attn_factor · (1 + 0.1 ln factor)
     attn = file.get(f"{scaling}.attn_factor", float)
     attention = None if attn is None else attn * (1.0 + 0.1 * math.log(max(factor, 1.0)))
+    original = file.get(f"{scaling}.original_context_length", int) or _need(file, "context_length", int)
+    betas = [
+        file.get(f"{scaling}.yarn_beta_{name}", float) or usual
+        for name, usual in (("fast", 32.0), ("slow", 1.0))
+    ]
+    if original < 1 or not all(0 < beta < math.inf for beta in betas):
+        raise VerifyError(f"YaRN of {original} positions with beta {betas}", where=str(file.path))
     return Rope(
         theta,
         "yarn",
         factor,
-        original_max_positions=file.get(f"{scaling}.original_context_length", int)
-        or _need(file, "context_length", int),
+        original_max_positions=original,
         attention_factor=attention,
-        beta_fast=file.get(f"{scaling}.yarn_beta_fast", float) or 32.0,
-        beta_slow=file.get(f"{scaling}.yarn_beta_slow", float) or 1.0,
+        beta_fast=betas[0],
+        beta_slow=betas[1],
     )
 
 

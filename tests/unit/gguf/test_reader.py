@@ -56,6 +56,18 @@ def test_rope_is_read_back_as_the_same_function(tmp_path, rope):
     assert attention_factor(seen) == pytest.approx(attention_factor(wanted), rel=1e-6)
 
 
+@pytest.mark.parametrize("base", [-2.0, 1.0, float("nan"), float("inf")])
+def test_a_rotary_base_that_is_none_is_refused(tmp_path, base):
+    package, _, _ = write(tmp_path / "x.gguf", make_desc("llama", rope="yarn"), PLAIN)
+    data = bytearray(package.path.read_bytes())
+    # Behind the key: its type, then an f32.
+    at = data.index(b"llama.rope.freq_base") + len(b"llama.rope.freq_base") + 4
+    data[at : at + 4] = struct.pack("<f", base)
+    package.path.write_bytes(data)
+    with pytest.raises(VerifyError, match="RoPE has the base"):
+        read_model(package.path)
+
+
 @given(
     st.floats(1e3, 1e6),
     st.floats(1.5, 64),

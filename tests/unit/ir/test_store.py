@@ -184,10 +184,12 @@ def test_text_that_is_no_utf_8_in_the_manifest_is_said(tmp_path):
         open_store(tmp_path)
 
 
-def test_a_tensor_of_the_manifest_that_is_none_is_said(tmp_path):
+@pytest.mark.parametrize(("good", "bad"), [(b'"blk.', b'"block.'), (b'"q2_k"', b'"p2_k"')])
+def test_a_tensor_or_grid_of_the_manifest_that_is_none_is_said(tmp_path, good, bad):
     filled(tmp_path)
     manifest = tmp_path / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"blk.', b'"block.', 1))
+    assert good in manifest.read_bytes()
+    manifest.write_bytes(manifest.read_bytes().replace(good, bad, 1))
     with pytest.raises(RunError, match="damaged"):
         open_store(tmp_path)
 

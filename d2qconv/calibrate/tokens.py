@@ -350,7 +350,7 @@ def _sentencepiece(path: Path) -> SentencePieceProcessor:
 
     try:
         return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -9,7 +9,7 @@ brackets.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ from d2qconv.facts import (
     outcome_facts,
     plan_facts,
 )
-from d2qconv.progress import Unwatched, Watch
-from d2qconv.watches import BarWatch, JsonWatch, LineWatch, duration, time_column
+from d2qconv.progress import Unwatched, Watch, duration
+from d2qconv.watches import BarWatch, JsonWatch, LineWatch, time_column
 
 if TYPE_CHECKING:
     from d2qconv.budget import Peaks
@@ -94,33 +94,36 @@ class Console:
 
     def show_plan(self, planned: Planned, *, is_all: bool) -> None:
         """Every tensor's type and size, by role or one by one, and what the whole will be."""
-        target = planned.target
-        if self._is_json:
-            self._emit(plan_facts(planned))
-            return
-        if not self._is_quiet:
-            self._table(*(_each_tensor(target) if is_all else _by_role(target)))
-            self._line()
-            if planned.allocation is not None:
-                self._table(
-                    allocation_view.HEADER, allocation_view.rows(planned.allocation, _weights(target))
-                )
-                self._line()
-            self._pairs(_plan_pairs(planned))
-        self._line(
-            f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
-        )
+        chosen = planned.allocation
+        rows = None if chosen is None else allocation_view.rows(chosen, _weights(planned.target))
+        self._show_plan(planned, lambda: plan_facts(planned), _plan_pairs(planned), rows, is_all=is_all)
 
     def show_import_plan(self, planned: PlannedImport, *, is_all: bool) -> None:
         """The same of a checkpoint that is quantized already."""
+        pairs = import_view.plan_pairs(planned)
+        self._show_plan(planned, lambda: import_view.plan_facts(planned), pairs, is_all=is_all)
+
+    def _show_plan(
+        self,
+        planned: Planned | PlannedImport,
+        facts: Callable[[], Mapping[str, Any]],
+        pairs: Iterable[tuple[str, str]],
+        chosen: Sequence[Sequence[str]] | None = None,
+        *,
+        is_all: bool,
+    ) -> None:
+        """Facts for scripts, pairs for people. chosen: rows of the types that a measurement chose."""
         target = planned.target
         if self._is_json:
-            self._emit(import_view.plan_facts(planned))
+            self._emit(facts())
             return
         if not self._is_quiet:
             self._table(*(_each_tensor(target) if is_all else _by_role(target)))
             self._line()
-            self._pairs(import_view.plan_pairs(planned))
+            if chosen is not None:
+                self._table(allocation_view.HEADER, chosen)
+                self._line()
+            self._pairs(pairs)
         self._line(
             f"{size(target.n_bytes)} of tensors, {planned.bits_per_weight:.2f} bits per weight, as {target.layout}"
         )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from d2qconv.export.base import Check, TargetPlan
     from d2qconv.export.diagnosis import Diagnosis
     from d2qconv.export.discover import Found
+    from d2qconv.importing import Imported
     from d2qconv.job import Planned
     from d2qconv.measure.result import Evaluated, Tasked
     from d2qconv.outcome import AlsoWritten, Outcome
@@ -100,7 +101,7 @@ def tensor_facts(target: TargetPlan) -> list[dict[str, Any]]:
     ]
 
 
-def also_facts(also: AlsoWritten) -> dict[str, Any]:
+def _also_facts(also: AlsoWritten) -> dict[str, Any]:
     """A further package as JSON."""
     return {
         "format": also.format,
@@ -110,12 +111,23 @@ def also_facts(also: AlsoWritten) -> dict[str, Any]:
     }
 
 
+def written_facts(done: Outcome | Imported) -> dict[str, Any]:
+    """The packages that were written, of whatever source, as JSON."""
+    return {
+        "path": str(done.path),
+        "n_bytes": done.n_bytes,
+        "bits_per_weight": done.bits_per_weight,
+        "checks": [check_facts(c) for c in done.checks],
+        "also": [_also_facts(also) for also in done.also],
+        "loads_in": done.loads_in,
+        "fingerprint": done.fingerprint,
+        "seconds": done.seconds,
+    }
+
+
 def outcome_facts(outcome: Outcome) -> dict[str, Any]:
     """What a conversion gave, as JSON."""
-    return {
-        "path": str(outcome.path),
-        "n_bytes": outcome.n_bytes,
-        "bits_per_weight": outcome.bits_per_weight,
+    return written_facts(outcome) | {
         "kld": outcome.kld,
         "perplexity_source": outcome.perplexity_source,
         "perplexity": outcome.perplexity,
@@ -124,8 +136,6 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "last_pass": outcome.last_pass,
         "kld_unrefined": outcome.kld_unrefined,
         "allocation": None if outcome.allocation is None else allocation_view.facts(outcome.allocation),
-        "checks": [check_facts(c) for c in outcome.checks],
-        "also": [also_facts(also) for also in outcome.also],
         "folds": [
             {
                 "name": f.name,
@@ -138,9 +148,6 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
             for f in outcome.folds
         ],
         "errors": [{"tensor": e.tensor, "weight": e.weight, "output": e.output} for e in outcome.errors],
-        "loads_in": outcome.loads_in,
-        "fingerprint": outcome.fingerprint,
-        "seconds": outcome.seconds,
         "report": None if outcome.report is None else str(outcome.report),
         "memory": {
             "activations": outcome.footprint.place,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from d2qconv.facts import also_facts, check_facts, tensor_facts
+from d2qconv.facts import tensor_facts, written_facts
 
 if TYPE_CHECKING:
     from d2qconv.importing import Imported, PlannedImport
@@ -59,19 +59,11 @@ def outcome_pairs(done: Imported) -> Iterator[tuple[str, str]]:
 
 def outcome_facts(done: Imported) -> dict[str, Any]:
     """What an import gave, as JSON."""
-    return {
-        "path": str(done.path),
-        "n_bytes": done.n_bytes,
-        "bits_per_weight": done.bits_per_weight,
+    return written_facts(done) | {
         "imported": done.dialect,
         "n_exact": done.n_exact,
         "rounded": [
             {"format": r.format, "tensor": r.tensor, "type": r.type_name, "error": r.error}
             for r in done.rounded
         ],
-        "checks": [check_facts(c) for c in done.checks],
-        "also": [also_facts(also) for also in done.also],
-        "loads_in": done.loads_in,
-        "fingerprint": done.fingerprint,
-        "seconds": done.seconds,
     }

@@ -99,3 +99,13 @@ class Stages:
     def note(self, text: str) -> None:
         """Handed on."""
         self._watch.note(text)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `2 min 10 s`, `8 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from d2qconv.budget import gibibytes
+from d2qconv.progress import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -179,13 +180,3 @@ def time_column() -> ProgressColumn:
             return Text("" if ends is None else f"{duration(max(ends - time.monotonic(), 0.0))} left")
 
     return TimeColumn()
-
-
-def duration(seconds: float) -> str:
-    """`1 h 05 min`, `2 min 10 s`, `8 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

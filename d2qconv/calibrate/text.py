@@ -39,3 +39,18 @@ class FolderTokenizer:
     def encode(self) -> Callable[[str], list[int]]:
         """Text → tokens, none put around it; raises InputError if the folder has no tokenizer."""
         return encoder(self.checkpoint)
+
+
+class Tokenized:
+    """Base of what reads texts by a folder's tokenizer: its half of `d2qconv.export.runtime.LoadedPackage`."""
+
+    _tokenizer: FolderTokenizer
+
+    @property
+    def bos(self) -> int | None:
+        """The token that is put before every text."""
+        return self._tokenizer.bos
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text."""
+        return self._tokenizer.encode(text)

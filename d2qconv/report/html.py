@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
+from d2qconv import progress
+
 
 def tag(name: str, attributes: Mapping[str, str | float | None], *content: str) -> str:
     """An element; attributes of None are left out. content: HTML."""
@@ -66,12 +68,7 @@ def duration(seconds: float) -> str:
     """`2 min 10 s`, `0.4 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return progress.duration(seconds)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from d2qconv.calibrate.text import FolderTokenizer
+from d2qconv.calibrate.text import FolderTokenizer, Tokenized
 from d2qconv.checkpoint.folder import read_json
 from d2qconv.errors import PluginError, VerifyError
 
@@ -54,7 +54,7 @@ def logits(dialect: str, path: Path, tokens: np.ndarray) -> np.ndarray:
         return _load(dialect, path)(tokens)
 
 
-class Measured:
+class Measured(Tokenized):
     """A folder in its dialect's runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`.
 
     Raises PluginError if a library is missing, VerifyError for what the libraries raise.
@@ -75,15 +75,6 @@ class Measured:
         self._tokenizer = FolderTokenizer.of(path, self.n_vocab)
         with _as_verify_error(path):
             self._run: Callable[[np.ndarray], np.ndarray] = _load(dialect, path)
-
-    @property
-    def bos(self) -> int | None:
-        """The token that is put before every text."""
-        return self._tokenizer.bos
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text."""
-        return self._tokenizer.encode(text)
 
     def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
         """See `LoadedPackage`."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from d2qconv.calibrate.text import FolderTokenizer
+from d2qconv.calibrate.text import FolderTokenizer, Tokenized
 from d2qconv.errors import PluginError, VerifyError
 from d2qconv.threads import n_cores
 from d2qconv_onnx.container import Container, open_model
@@ -124,7 +124,7 @@ class OrtModel:
         return found
 
 
-class Measured:
+class Measured(Tokenized):
     """A package in ONNX Runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `OrtModel`."""
 
     name = "ONNX Runtime"
@@ -136,15 +136,6 @@ class Measured:
         about = read_config(folder).model
         self.n_vocab, self.max_length = about.vocab_size, about.context_length
         self._tokenizer = FolderTokenizer.of(folder, self.n_vocab)
-
-    @property
-    def bos(self) -> int | None:
-        """The token that is put before every text."""
-        return self._tokenizer.bos
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text."""
-        return self._tokenizer.encode(text)
 
     def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
         """See `LoadedPackage`."""

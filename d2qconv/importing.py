@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from d2qconv import __version__
-from d2qconv.arch.bind import bind, expected_tensors
-from d2qconv.arch.config import read_config
+from d2qconv.arch.bind import bind, checkpoint_names
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.digest import content_digest
@@ -114,8 +114,7 @@ def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
     """
     check_places(job)
     desc = bind(foreign.checkpoint)
-    facts = read_config(desc.arch, foreign.checkpoint.config)
-    names = {tensor: name for tensor, (name, _) in expected_tensors(desc.arch, facts)}
+    names = checkpoint_names(foreign.checkpoint.config)
     linears = {t: foreign.linears[names[t]] for t in desc.tensors if names[t] in foreign.linears}
     exporter = job.exporter.load(job.options)
     if not isinstance(exporter, Adopting):
@@ -181,8 +180,8 @@ class _Tensors(Mapping[TensorId, Stored]):
     def __getitem__(self, tensor: TensorId) -> Stored:
         if tensor in self._linears:
             return self._linears[tensor].coded()
-        dense = self._tensors[tensor]
-        return _nearest(dense, tensor, self._grids) if tensor in self._grids else dense
+        dense, grid = self._tensors[tensor], self._grids.get(tensor)
+        return dense if grid is None else _nearest(dense.load().to(torch.float32), grid)
 
     def __iter__(self) -> Iterator[TensorId]:
         return iter(self._tensors)
@@ -191,21 +190,19 @@ class _Tensors(Mapping[TensorId, Stored]):
         return len(self._tensors)
 
 
-def _nearest(dense: Dense, tensor: TensorId, grids: Mapping[TensorId, Grid]) -> Coded:
-    w = dense.load().to(torch.float32)
-    return round_to_nearest(w, torch.ones(w.shape[1]), grids[tensor])
+def _nearest(w: Tensor, grid: Grid) -> Coded:
+    return round_to_nearest(w, torch.ones(w.shape[1]), grid)
 
 
 def _error(planned: PlannedImport, to: Destination, tensor: TensorId) -> Rounded:
-    storage = grids_of(to.target)[tensor]
-    cost = _cost(planned.desc.tensors[tensor], tensor, {tensor: storage})
-    return Rounded(to.info.name, str(tensor), storage.id, cost)
+    grid = grids_of(to.target)[tensor]
+    return Rounded(to.info.name, str(tensor), grid.id, _cost(planned.desc.tensors[tensor], grid))
 
 
-def _cost(dense: Dense, tensor: TensorId, grids: Mapping[TensorId, Grid]) -> float:
+def _cost(dense: Dense, grid: Grid) -> float:
     """‖W − Ŵ‖² / ‖W‖² of rounding to nearest."""
     w = dense.load().to(torch.float32)
-    difference = _nearest(Dense.of(w), tensor, grids).decode() - w
+    difference = _nearest(w, grid).decode() - w
     return float(difference.double().square().sum() / w.double().square().sum().clamp_min(1e-30))
 
 
@@ -241,7 +238,7 @@ def _cost_again(job: Job, desc: ModelDesc, tensor: TensorId) -> str:
     storage = None if plan.refusals else plan.storage(tensor)
     if storage is None or isinstance(storage, FloatType):
         return ""
-    cost = _cost(desc.tensors[tensor], tensor, {tensor: storage})
+    cost = _cost(desc.tensors[tensor], storage)
     return f": rounding {tensor} to {storage.id} changes its weights by {cost:.2%} of their energy"
 
 
@@ -255,4 +252,6 @@ def _provenance(planned: PlannedImport, content: str) -> Provenance:
         recipe=f"imported from {planned.foreign.dialect}: the values of its codes, not quantized again",
         calibration="none",
         carriers={"mean_shift": "none", "column_scale": "none"},
+        source_revision=checkpoint.revision,
+        source_sha256=content,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from d2qconv.arch.config import ConfigFacts, read_config
 from d2qconv.arch.decoder import ATTENTION_ROLES, MLP_ROLES
@@ -78,6 +79,12 @@ def expected_tensors(
         yield TensorId(site.role, block), (f"{module}.weight", shape)
         if site.can_have_bias and _has_bias(site.role, facts):
             yield TensorId(site.role, block, Part.BIAS), (f"{module}.bias", (n_out,))
+
+
+def checkpoint_names(config: Mapping[str, Any]) -> dict[TensorId, str]:
+    """What each tensor is called in the checkpoint of a config.json; raises PlanError as `read_config` does."""
+    arch = architecture_of(config)
+    return {tensor: name for tensor, (name, _) in expected_tensors(arch, read_config(arch, config))}
 
 
 def _by_place(sites: Sequence[Site]) -> tuple[list[Site], list[Site], list[Site]]:

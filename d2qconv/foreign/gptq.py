@@ -48,9 +48,9 @@ def read_gptq(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[For
     if config.get("is_marlin_format"):
         one_of("checkpoint_format", "marlin", VERSIONS)
     needs_index = config.get("desc_act") is True
+    is_mixed = _has_own(config.get("dynamic"))
     for module in _modules(checkpoint):
-        is_own = _has_own(config.get("dynamic"))
-        yield _gptq(checkpoint, module, config, VERSIONS[version], needs_index=needs_index, is_mixed=is_own)
+        yield _gptq(checkpoint, module, config, VERSIONS[version], needs_index=needs_index, is_mixed=is_mixed)
 
 
 def read_auto_round(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[ForeignLinear]:

@@ -8,14 +8,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from d2qconv.arch.bind import expected_tensors
-from d2qconv.arch.config import read_config
-from d2qconv.arch.registry import architecture_of
+from d2qconv.arch.bind import checkpoint_names
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import QUANTIZED_KEYS, Checkpoint, is_quantized
 from d2qconv.errors import InputError, Refusal, refuse
 from d2qconv.foreign.compressed import read_compressed
-from d2qconv.foreign.gptq import AWQ_PACKING, read_auto_round, read_awq, read_gptq
+from d2qconv.foreign.gptq import read_auto_round, read_awq, read_gptq
 from d2qconv.foreign.linear import ForeignLinear
 
 Reader: TypeAlias = Callable[[Checkpoint, Mapping[str, Any]], Iterator[ForeignLinear]]
@@ -70,7 +68,7 @@ def _dialect(method: str, config: Mapping[str, Any]) -> str:
     kind = {
         "gptq": f", checkpoint_format {config.get('checkpoint_format', config.get('format', 'gptq'))}",
         "auto-round": f", {config.get('packing_format', 'auto_round')}",
-        "intel/auto-round": f", {config.get('packing_format', AWQ_PACKING)}",
+        "intel/auto-round": f", {config.get('packing_format', 'auto_round')}",
         "compressed-tensors": ", pack-quantized",
     }
     return method + kind.get(method, "")
@@ -79,8 +77,7 @@ def _dialect(method: str, config: Mapping[str, Any]) -> str:
 def _floats(checkpoint: Checkpoint, linears: Mapping[str, ForeignLinear]) -> Checkpoint:
     """The checkpoint with a float matrix for the arrays of each linear."""
     config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZED_KEYS}
-    arch = architecture_of(config)
-    expected = {name for name, _ in dict(expected_tensors(arch, read_config(arch, config))).values()}
+    expected = set(checkpoint_names(config).values())
     tensors = dict(checkpoint.tensors)
     for name, linear in linears.items():
         for array in linear.arrays:

@@ -104,6 +104,9 @@ class Guard:
                 if isinstance(path, str | bytes | os.PathLike) and not self._is_inside(path, of_parent=True):
                     self._forbid(f"{event} of {path!r:.120}")
         elif self._seen is not None and event in _NEVER:
+            if event == "marshal.loads" and _is_importing():
+                # A library's own cached module; the hook has seen which file that is.
+                return
             self._seen.faults.append(f"{event} {args!r:.120}")
         elif self._seen is not None and event == "exec":
             code = args[0]
@@ -143,6 +146,11 @@ class Guard:
             # No system call takes such a name.
             return True
         return real == self._root or real.startswith(self._root + "/")
+
+
+def _is_importing() -> bool:
+    """Whether the import system itself is what calls; frames: this function, the hook, who raised the event."""
+    return sys._getframe(2).f_code.co_filename == "<frozen importlib._bootstrap_external>"
 
 
 def limit_memory() -> None:

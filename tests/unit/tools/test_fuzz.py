@@ -47,6 +47,14 @@ def run_code(folder):
 def start(folder):
     os.system("true")
 
+def unmarshal(folder):
+    import marshal
+    marshal.loads(marshal.dumps(1))
+
+def import_cached(folder):
+    sys.modules.pop("json.tool", None)
+    import json.tool
+
 def take(folder):
     bytearray(300 << 20)
 
@@ -54,7 +62,7 @@ def change(folder):
     return os.urandom(8)
 
 made = False
-for call in (refuse, fail, look_out, remove, run_code, start, take, change):
+for call in (refuse, fail, look_out, remove, run_code, start, unmarshal, import_cached, take, change):
     made = False
     reader = Reader(call.__name__, make, once_made(call), is_exact=call is change)
     fuzzer.prepare(reader)
@@ -99,6 +107,7 @@ def test_every_reader_takes_corrupted_files_or_refuses_them(said):
         ("remove", "os.remove of"),
         ("run_code", "exec of 'stranger.py'"),
         ("start", "os.system"),
+        ("unmarshal", "marshal.loads"),
         ("take", "MiB of memory"),
         ("change", "other values"),
     ],
@@ -109,6 +118,7 @@ def test_what_no_reader_may_do_is_a_finding(said, call, why):
     assert why in line["why"]
 
 
-def test_an_error_of_ours_is_none(said):
-    (line,) = (line for line in said if line.get("bad") == "refuse")
-    assert line["kind"] == "refused"
+@pytest.mark.parametrize(("call", "kind"), [("refuse", "refused"), ("import_cached", "accepted")])
+def test_an_error_of_ours_is_none_and_a_module_from_its_cache_neither(said, call, kind):
+    (line,) = (line for line in said if line.get("bad") == call)
+    assert line["kind"] == kind, line["why"]

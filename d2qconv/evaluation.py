@@ -279,10 +279,8 @@ def _source_facts(opened: _Opened, watch: Watch) -> SourceFacts:
 
 
 def _judged(target: Target, runtime: LoadedPackage, score: Divergence | Likelihood) -> Judged:
-    package = _package_facts(target, runtime)
-    if isinstance(score, Likelihood):
-        return Judged(package, score.perplexity, None)
-    return Judged(package, score.estimated_perplexity, score.statistics())
+    divergence = None if isinstance(score, Likelihood) else score.statistics()
+    return Judged(_package_facts(target, runtime), score.perplexity, divergence)
 
 
 def _package_facts(target: Target, runtime: LoadedPackage) -> PackageFacts:

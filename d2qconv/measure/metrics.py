@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ from d2qconv.measure.statistics import (
     DivergenceStatistics,
     Estimate,
     mean,
-    percentile,
+    percentiles,
     perplexity,
     root_mean_square,
     share,
@@ -31,8 +30,6 @@ class Divergence:
     kl: list[Tensor] = field(default_factory=list)
     log_p: list[Tensor] = field(default_factory=list)
     log_q: list[Tensor] = field(default_factory=list)
-    nll_source: float = 0.0
-    nll: float = 0.0
     n_same_top: int = 0
     n_tokens: int = 0
 
@@ -44,8 +41,6 @@ class Divergence:
         true_p, true_q = (x.gather(-1, targets[:, None])[:, 0] for x in (log_p, log_q))
         self.log_p.append(true_p.cpu())
         self.log_q.append(true_q.cpu())
-        self.nll_source -= true_p.sum().item()
-        self.nll -= true_q.sum().item()
         self.n_same_top += int((source.argmax(-1) == other.argmax(-1)).sum())
         self.n_tokens += len(targets)
 
@@ -57,8 +52,6 @@ class Divergence:
             whole.kl += part.kl
             whole.log_p += part.log_p
             whole.log_q += part.log_q
-            whole.nll_source += part.nll_source
-            whole.nll += part.nll
             whole.n_same_top += part.n_same_top
             whole.n_tokens += part.n_tokens
         return whole
@@ -69,41 +62,37 @@ class Divergence:
         return float(torch.cat(self.kl).mean())
 
     @property
-    def perplexity_source(self) -> float:
+    def perplexity_source(self) -> Estimate:
         """Perplexity of the source."""
-        return math.exp(self.nll_source / self.n_tokens)
+        return perplexity(torch.cat(self.log_p))
 
     @property
-    def perplexity(self) -> float:
+    def perplexity(self) -> Estimate:
         """Perplexity of the other model."""
-        return math.exp(self.nll / self.n_tokens)
+        return perplexity(torch.cat(self.log_q))
 
     @property
     def same_top(self) -> float:
         """Share of positions at which both models' likeliest token is the same."""
         return self.n_same_top / self.n_tokens
 
-    @property
-    def estimated_perplexity(self) -> Estimate:
-        """Perplexity of the other model, with its error."""
-        return perplexity(torch.cat(self.log_q))
-
     def statistics(self) -> DivergenceStatistics:
         """All that llama-perplexity prints of a comparison, and the 95 % and 99.9 % points."""
         kl, log_p, log_q = (torch.cat(x) for x in (self.kl, self.log_p, self.log_q))
         dp = log_q.exp() - log_p.exp()
+        median, p90, p95, p99, p999, maximum = percentiles(kl, (0.5, 0.9, 0.95, 0.99, 0.999, 1.0))
         return DivergenceStatistics(
             kl=mean(kl),
-            median=percentile(kl, 0.5),
-            p90=percentile(kl, 0.9),
-            p95=percentile(kl, 0.95),
-            p99=percentile(kl, 0.99),
-            p999=percentile(kl, 0.999),
-            maximum=float(kl.max()),
+            median=median,
+            p90=p90,
+            p95=p95,
+            p99=p99,
+            p999=p999,
+            maximum=maximum,
             same_top=share(self.n_same_top, self.n_tokens),
             rms_dp=root_mean_square(dp),
             mean_dp=mean(dp),
-            perplexity_source=perplexity(log_p),
+            perplexity_source=self.perplexity_source,
             log_ratio=mean(log_p - log_q),
         )
 

@@ -7,6 +7,7 @@ percentile). Everything is computed here in f64, where that program keeps single
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,13 @@ def root_mean_square(values: Tensor) -> Estimate:
     return Estimate(value, square.error / (2 * value) if value else 0.0)
 
 
-def percentile(values: Tensor, fraction: float) -> float:
-    """Of f64[n], between its neighbours by linear interpolation at fraction · (n - 1)."""
+def percentiles(values: Tensor, fractions: Sequence[float]) -> list[float]:
+    """Of f64[n], each between its neighbours by linear interpolation at fraction · (n - 1)."""
     ordered = values.sort().values
-    place = fraction * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return float(torch.lerp(ordered[low], ordered[high], place - low))
+    found = []
+    for fraction in fractions:
+        place = fraction * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found.append(float(torch.lerp(ordered[low], ordered[high], place - low)))
+    return found

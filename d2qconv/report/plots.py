@@ -140,7 +140,7 @@ def _spread(report: Report) -> str:
     ranks = ([Cell(f"{p} %"), number(value)] for p, value in s.quantiles.items())
     numbers = folded(
         "Numbers",
-        table("quantiles", "Quantiles", ("of the tokens", "nats at most"), ranks),
+        table("quantiles", "Quantiles", ("of the tokens", "nats, interpolated"), ranks),
         table("histogram", "Bins", ("nats", "tokens"), rows),
     )
     return figure("Divergence over tokens", drawing, note, numbers)

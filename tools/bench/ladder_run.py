@@ -124,8 +124,8 @@ def run_job(job: Job) -> dict[str, Any]:
     numbers = {
         "kld": estimate.mean,
         "kld_se": estimate.se,
-        "perplexity": second.perplexity,
-        "perplexity_source": second.perplexity_source,
+        "perplexity": second.perplexity.value,
+        "perplexity_source": second.perplexity_source.value,
         "same_top": second.same_top,
         "n_positions": second.n_tokens,
         "bytes": size,
@@ -145,7 +145,7 @@ def run_job(job: Job) -> dict[str, Any]:
         numbers |= {
             "kld_all": all_kld.mean,
             "kld_all_se": all_kld.se,
-            "perplexity_all": everywhere.perplexity,
+            "perplexity_all": everywhere.perplexity.value,
         }
     if device.type == "cuda":
         numbers["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -129,9 +129,9 @@ def test_the_numbers_are_those_of_all_positions_at_once(asked, model, monkeypatc
     assert got.judged.divergence is not None
     assert got.judged.divergence.kl.value == pytest.approx(statistics.kl.value, rel=1e-5)
     assert got.judged.divergence.p99 == pytest.approx(statistics.p99, rel=1e-5)
-    assert got.judged.perplexity.value == pytest.approx(divergence.perplexity, rel=1e-6)
+    assert got.judged.perplexity.value == pytest.approx(divergence.perplexity.value, rel=1e-6)
     assert got.judged.divergence.perplexity_source.value == pytest.approx(
-        divergence.perplexity_source, rel=1e-6
+        divergence.perplexity_source.value, rel=1e-6
     )
     assert got.text.n_judged == divergence.n_tokens == 5 * 7
 
@@ -172,7 +172,7 @@ def test_without_a_source_only_the_perplexity(asked, tmp_path, model):
     assert got.judged.divergence is None
     tokens = torch.tensor([ord(letter) % model.dims.vocab for letter in text.read_text()])[:48].view(3, 16)
     assert got.text.n_chunks == 3
-    assert got.judged.perplexity.value == pytest.approx(wanted(model, tokens, 0.9).perplexity, rel=1e-6)
+    assert got.judged.perplexity.value == pytest.approx(wanted(model, tokens, 0.9).perplexity.value, rel=1e-6)
 
 
 def test_without_a_text_the_source_is_sampled(asked):

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from hf_package import Facts
-from metrics import Estimate, Positions, Score, paired_difference
+from metrics import Estimate, Positions, Score
+from rows import best, markdown, note, number, plus_minus, versus
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,16 @@ class Against:
 
 def best_rival(rows: list[Row], bits: int) -> Row | None:
     """The measured rival of the lowest KLD."""
-    found = [r for r in rows if r.rival and r.score is not None and r.bits == bits]
-    return min(found, key=lambda r: r.score.kld.mean if r.score else math.inf, default=None)
+    return best(r for r in rows if r.rival and r.bits == bits)
 
 
 def against(rows: list[Row], row: Row) -> Against | None:
     """None without a score or a rival of these bits, and for the source."""
     rival = best_rival(rows, row.bits)
-    if row.score is None or rival is None or rival.score is None or not row.score.kld.mean > 0:
+    found = versus(row, rival)
+    if rival is None or found is None or row.score is None or not row.score.kld.mean > 0:
         return None
-    delta = paired_difference(list(rival.parts), list(row.parts))
-    return Against(rival.who, row.score.kld.mean / rival.score.kld.mean, delta)
-
-
-def _number(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
-
-
-def _estimate(value: Estimate, digits: int, scale: float = 1.0) -> str:
-    # Adding 0 makes -0.0 0.0.
-    return f"{round(value.mean * scale, digits) + 0.0:.{digits}f} ± {value.se * scale:.{digits}f}"
+    return Against(rival.who, *found)
 
 
 def table(rows: list[Row]) -> str:
@@ -86,13 +77,13 @@ def table(rows: list[Row]) -> str:
         ]  # fmt: skip
         found = against(rows, row)
         cells += ["–"] * 4 if s is None else [
-            _estimate(s.perplexity, 3), _estimate(s.kld, 4), "–" if found is None else f"{found.ratio:.3f}",
-            _estimate(s.same_top, 1, 100.0) + " %",
+            plus_minus(s.perplexity, 3), plus_minus(s.kld, 4), "–" if found is None else f"{found.ratio:.3f}",
+            plus_minus(s.same_top, 1, 100.0) + " %",
         ]  # fmt: skip
         cells += [
-            _number(row.seconds, 1),
-            _number(row.quantize, 1),
-            row.note.replace("|", "/").replace("\n", " "),
+            number(row.seconds, 1),
+            number(row.quantize, 1),
+            note(row.note),
         ]
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown(lines)

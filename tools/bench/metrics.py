@@ -4,6 +4,9 @@ Per position t: nll_t = -log softmax(q_t)[next token]; KLD_t = Σ_v p_v (log p_v
 same top token = argmax q_t == argmax p_t. A mean's standard error is sqrt((E[x²] - E[x]²) / (n - 1)), as that
 program prints it. It differs from that program in one point: the program stores log p in 16 bits over a range of
 16 below the maximum; here log p is f32.
+
+Own lines in numpy on purpose: what judges d2qconv against its peers shares nothing with d2qconv.measure, which
+tools/check_perplexity holds against the program itself.
 """
 
 import math

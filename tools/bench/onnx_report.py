@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from metrics import Estimate, Positions, Score, paired_difference
+from metrics import Estimate, Positions, Score
 from onnx_package import Facts
 from onnx_speed import Speed
+from rows import best, markdown, note, number, plus_minus, versus
 
 #: KLD over the best peer's that ours has to reach, by bits.
 TARGETS = {2: 0.5, 4: 0.7}
@@ -50,28 +51,16 @@ class Against:
 
 def best_peer(rows: list[Row], bits: int, block: int) -> Row | None:
     """The measured peer of the lowest KLD."""
-    found = [r for r in rows if not r.ours and r.score is not None and (r.bits, r.block) == (bits, block)]
-    return min(found, key=lambda r: r.score.kld.mean if r.score else math.inf, default=None)
+    return best(r for r in rows if not r.ours and (r.bits, r.block) == (bits, block))
 
 
 def against(rows: list[Row], row: Row) -> Against | None:
     """None without a score or a peer of these bits and block."""
     peer = best_peer(rows, row.bits, row.block) if row.bits <= 8 else None
-    if row.score is None or peer is None or peer.score is None:
+    found = versus(row, peer)
+    if peer is None or found is None:
         return None
-    ratio = row.score.kld.mean / peer.score.kld.mean if peer.score.kld.mean > 0 else math.nan
-    delta = paired_difference(list(peer.parts), list(row.parts))
-    target = TARGETS.get(row.bits, math.nan) if row.ours else math.nan
-    return Against(peer.who, ratio, delta, target)
-
-
-def _estimate(value: Estimate, digits: int, scale: float = 1.0) -> str:
-    # Adding 0 makes -0.0 0.0.
-    return f"{round(value.mean * scale, digits) + 0.0:.{digits}f} ± {value.se * scale:.{digits}f}"
-
-
-def _number(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
+    return Against(peer.who, *found, TARGETS.get(row.bits, math.nan) if row.ours else math.nan)
 
 
 def _quality(rows: list[Row], row: Row, exact: bool) -> list[str]:
@@ -81,10 +70,10 @@ def _quality(rows: list[Row], row: Row, exact: bool) -> list[str]:
     ratio = "–" if found is None else f"{found.ratio:.3f}"
     if found is not None and not math.isnan(found.target):
         ratio += f" ({'reaches' if found.reached else 'misses'} {found.target})"
-    cells = [_estimate(row.score.perplexity, 3), _estimate(row.score.kld, 4)]
+    cells = [plus_minus(row.score.perplexity, 3), plus_minus(row.score.kld, 4)]
     if exact:
-        cells.append("–" if row.exact is None else _estimate(row.exact, 4))
-    return [*cells, ratio, _estimate(row.score.same_top, 1, 100.0) + " %"]
+        cells.append("–" if row.exact is None else plus_minus(row.exact, 4))
+    return [*cells, ratio, plus_minus(row.score.same_top, 1, 100.0) + " %"]
 
 
 def _sizes(row: Row) -> list[str]:
@@ -103,7 +92,7 @@ def _notes(row: Row) -> str:
             notes.append(f"accuracy_level {', '.join(map(str, row.facts.levels))}")
     if row.speed is not None and row.speed.error:
         notes.append(f"onnxruntime-genai: {row.speed.error}")
-    return "; ".join(notes).replace("|", "/").replace("\n", " ")
+    return note("; ".join(notes))
 
 
 def table(rows: list[Row], *, quality: bool, exact: bool, speed: bool) -> str:
@@ -128,6 +117,6 @@ def table(rows: list[Row], *, quality: bool, exact: bool, speed: bool) -> str:
             cells += _quality(rows, row, exact)
         if speed:
             found = row.speed or Speed()
-            cells += [_number(found.prompt, 0), _number(found.decode, 1)]
+            cells += [number(found.prompt, 0), number(found.decode, 1)]
         lines.append([*cells, _notes(row)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown(lines)

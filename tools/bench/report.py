@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from llama import TensorInfo
 from metrics import Estimate, Score
+from rows import markdown, plus_minus
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,6 @@ def block_bits(tensors: dict[str, TensorInfo]) -> float:
     return 8 * sum(t.n_bytes for t in inside) / matrices
 
 
-def _estimate(value: Estimate, digits: int, scale: float = 1.0) -> str:
-    return f"{value.mean * scale:.{digits}f} ± {value.se * scale:.{digits}f}"
-
-
 def _cells(row: Row) -> list[str]:
     if row.score is None:
         return [row.type_name, row.who, "–", "–", "–", "–", "–", "–", "–", row.note]
@@ -50,8 +47,8 @@ def _cells(row: Row) -> list[str]:
     ratio = "–" if math.isnan(row.ratio) else f"{row.ratio:.3f}"
     delta = "–" if row.delta is None else f"{row.delta.mean:+.4f} ± {row.delta.se:.4f}"
     return [
-        row.type_name, row.who, f"{row.n_bytes:,}", f"{row.bits:.3f}", _estimate(s.perplexity, 3),
-        _estimate(s.kld, 4), ratio, delta, _estimate(s.same_top, 1, 100.0) + " %", row.note,
+        row.type_name, row.who, f"{row.n_bytes:,}", f"{row.bits:.3f}", plus_minus(s.perplexity, 3),
+        plus_minus(s.kld, 4), ratio, delta, plus_minus(s.same_top, 1, 100.0) + " %", row.note,
     ]  # fmt: skip
 
 
@@ -60,4 +57,4 @@ def table(rows: list[Row], against: str) -> str:
     head = ["type", "who", "bytes", "bpw in blocks", "perplexity", "mean KLD", f"ratio to {against}",
             f"KLD minus {against}", "same top token", "note"]  # fmt: skip
     lines = [head, ["---", "---", *["--:"] * 7, "---"], *(_cells(r) for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown(lines)

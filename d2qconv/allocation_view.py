@@ -14,7 +14,7 @@ HEADER = ("matrix", "blocks", "type", "bytes", "bits/weight", "predicted KLD")
 
 def rows(allocation: Allocation, weights: Mapping[TensorId, int]) -> list[Sequence[str]]:
     """One row for all matrices of a role that have one type, in the order of the package. weights: their numbers."""
-    from d2qconv.export.base import type_name
+    from d2qconv.exporters.base import type_name
 
     alike: dict[tuple[str, str], list[TensorId]] = {}
     roles = dict.fromkeys(tensor.role for tensor in allocation.tensors)
@@ -67,7 +67,7 @@ def prediction(allocation: Allocation) -> str:
 
 def facts(allocation: Allocation) -> dict[str, Any]:
     """As JSON."""
-    from d2qconv.export.base import type_name
+    from d2qconv.exporters.base import type_name
 
     return {
         "asked": allocation.asked,

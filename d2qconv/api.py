@@ -19,8 +19,8 @@ from typing import Any
 
 from d2qconv import evaluation, pipeline
 from d2qconv.errors import InputError, RunError
-from d2qconv.export.base import Carrier, Check, ExporterInfo
-from d2qconv.export.discover import discover, find, for_file
+from d2qconv.exporters.base import Carrier, Check, ExporterInfo
+from d2qconv.exporters.discover import discover, find, for_file
 from d2qconv.harness import TaskRun
 from d2qconv.job import Also, Job, Planned
 from d2qconv.measure.result import Evaluated, Tasked

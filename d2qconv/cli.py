@@ -23,7 +23,7 @@ from cyclopts import App, CycloptsError
 from d2qconv.commands import convert, demo, doctor, evaluate, packages, report
 from d2qconv.console import Console
 from d2qconv.errors import D2qError, InputError
-from d2qconv.export.discover import discover
+from d2qconv.exporters.discover import discover
 from d2qconv.startup import paused
 
 d2qconv.startup.end()

@@ -30,9 +30,9 @@ from d2qconv.watches import BarWatch, JsonWatch, LineWatch, time_column
 
 if TYPE_CHECKING:
     from d2qconv.budget import Peaks
-    from d2qconv.export.base import Check, TargetPlan, TensorPlan
-    from d2qconv.export.diagnosis import Diagnosis
-    from d2qconv.export.discover import Found
+    from d2qconv.exporters.base import Check, TargetPlan, TensorPlan
+    from d2qconv.exporters.diagnosis import Diagnosis
+    from d2qconv.exporters.discover import Found
     from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
@@ -458,7 +458,7 @@ def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield from _peak_pairs(outcome.peaks, outcome.footprint)
     yield "took", duration(outcome.seconds)
     if outcome.report is not None:
-        from d2qconv.export.beside import page_of
+        from d2qconv.exporters.beside import page_of
 
         yield "report", f"{outcome.report}, and {page_of(outcome.report).name} to look at"
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2qconv.errors import InputError
-from d2qconv.export.runtime import LoadedPackage
+from d2qconv.exporters.runtime import LoadedPackage
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """How good is a package? Perplexity, and KL divergence from its source, in the runtime that it was written for.
 
-The package's own runtime gives its logits (`d2qconv.export.runtime`), the float reference the source's
+The package's own runtime gives its logits (`d2qconv.exporters.runtime`), the float reference the source's
 (`d2qconv.measure.streamed`), chunk by chunk of a text that is cut as llama-perplexity cuts it
 (`d2qconv.measure.chunks`), and `d2qconv.scoring` brings both together.
 """
@@ -26,11 +26,11 @@ from d2qconv.calibrate.text import FolderTokenizer
 from d2qconv.calibrate.tokens import is_hub_name, read_stream
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, PluginError, RunError
-from d2qconv.export.base import ExporterInfo
-from d2qconv.export.contents import contents
-from d2qconv.export.manifest import file_record
-from d2qconv.export.package import atomic_output
-from d2qconv.export.runtime import Evaluating, LoadedPackage, Tokenizer
+from d2qconv.exporters.base import ExporterInfo
+from d2qconv.exporters.contents import contents
+from d2qconv.exporters.manifest import file_record
+from d2qconv.exporters.package import atomic_output
+from d2qconv.exporters.runtime import Evaluating, LoadedPackage, Tokenizer
 from d2qconv.foreign.read import read_foreign
 from d2qconv.gather import Source, read_weights
 from d2qconv.harness import WINDOW, TaskRun, check_installed, harness_version, run_tasks

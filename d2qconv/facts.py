@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from d2qconv import allocation_view
 
 if TYPE_CHECKING:
-    from d2qconv.export.base import Check, TargetPlan
-    from d2qconv.export.diagnosis import Diagnosis
-    from d2qconv.export.discover import Found
+    from d2qconv.exporters.base import Check, TargetPlan
+    from d2qconv.exporters.diagnosis import Diagnosis
+    from d2qconv.exporters.discover import Found
     from d2qconv.importing import Imported
     from d2qconv.job import Planned
     from d2qconv.measure.result import Evaluated, Tasked

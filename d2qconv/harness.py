@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from d2qconv.continuation import Continuations
 from d2qconv.errors import InputError, PluginError
-from d2qconv.export.runtime import LoadedPackage
+from d2qconv.exporters.runtime import LoadedPackage
 from d2qconv.measure.result import TaskScore
 from d2qconv.measure.statistics import Estimate
 from d2qconv.progress import Watch

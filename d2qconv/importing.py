@@ -22,7 +22,7 @@ from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import PluginError, Refusal, refuse
-from d2qconv.export.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
+from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
 from d2qconv.foreign.linear import ForeignLinear
 from d2qconv.foreign.read import Foreign, read_foreign
 from d2qconv.grids.base import Grid

@@ -12,8 +12,8 @@ from d2qconv.allocate.allocation import Allocation
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import InputError
-from d2qconv.export.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
-from d2qconv.export.beside import page_of, report_of
+from d2qconv.exporters.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
+from d2qconv.exporters.beside import page_of, report_of
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.last_pass import LastPass
 from d2qconv.walk.memory import Footprint

@@ -10,7 +10,7 @@ from d2qconv import __version__
 from d2qconv.allocate.allocation import Allocation
 from d2qconv.budget import Peaks
 from d2qconv.calibrate.tokens import CalibrationTokens
-from d2qconv.export.base import Carrier, Check, Package
+from d2qconv.exporters.base import Carrier, Check, Package
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.ir.model import Provenance
 from d2qconv.job import Planned

@@ -10,10 +10,10 @@ from pathlib import Path
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import Refusal, VerifyError, refuse
-from d2qconv.export.base import Adopting, Carrier, Check, FloatType, Package, Progress, TargetPlan
-from d2qconv.export.file_set import atomic_set, check_set
-from d2qconv.export.folder import atomic_folder, check_folder
-from d2qconv.export.package import atomic_output, check_output
+from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, Progress, TargetPlan
+from d2qconv.exporters.file_set import atomic_set, check_set
+from d2qconv.exporters.folder import atomic_folder, check_folder
+from d2qconv.exporters.package import atomic_output, check_output
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.job import Also, Destination

@@ -25,14 +25,14 @@ from d2qconv.calibrate.tokens import (
 )
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import InputError, Refusal, RunError, refuse
-from d2qconv.export.base import (
+from d2qconv.exporters.base import (
     Allocating,
     Carrier,
     FloatType,
     Padder,
     PaddingChoice,
 )
-from d2qconv.export.beside import check_report
+from d2qconv.exporters.beside import check_report
 from d2qconv.fold.padding import padded
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.foreign.read import read_foreign

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.errors import RunError
-from d2qconv.export.runtime import LoadedPackage
+from d2qconv.exporters.runtime import LoadedPackage
 from d2qconv.measure.chunks import Chunks
 from d2qconv.measure.metrics import Divergence, Likelihood
 from d2qconv.measure.streamed import Streamed

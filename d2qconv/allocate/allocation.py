@@ -17,7 +17,7 @@ from d2qconv.allocate.sensitivity import JUDGED, MEASURED, Measuring, Sensitivit
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import gibibytes
 from d2qconv.errors import Refusal
-from d2qconv.export.base import Candidates, type_name
+from d2qconv.exporters.base import Candidates, type_name
 from d2qconv.ir.workdir import prepare, read_measured, write_measured
 from d2qconv.names import TensorId
 from d2qconv.progress import Watch

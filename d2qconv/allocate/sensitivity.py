@@ -32,7 +32,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.statistics import InputStatistics
 from d2qconv.decoder.block import Block, build_block, read_block, rms_norm
 from d2qconv.errors import RunError
-from d2qconv.export.base import FloatType, type_name
+from d2qconv.exporters.base import FloatType, type_name
 from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Held, decoded
 from d2qconv.names import Role, TensorId

@@ -14,7 +14,7 @@ from d2qconv.checkpoint.open import Checkpoint
 
 @dataclass(frozen=True)
 class FolderTokenizer:
-    """By tokenizer.json or tokenizer.model, see `d2qconv.calibrate.tokens`; a `Tokenizer` of `d2qconv.export.runtime`.
+    """By tokenizer.json or tokenizer.model, see `d2qconv.calibrate.tokens`; a `Tokenizer` of `d2qconv.exporters.runtime`.
 
     n_vocab: of the model. bos_ids: what the model's config names, for a checkpoint without a tokenizer.
     """
@@ -42,7 +42,7 @@ class FolderTokenizer:
 
 
 class Tokenized:
-    """Base of what reads texts by a folder's tokenizer: its half of `d2qconv.export.runtime.LoadedPackage`."""
+    """Base of what reads texts by a folder's tokenizer: its half of `d2qconv.exporters.runtime.LoadedPackage`."""
 
     _tokenizer: FolderTokenizer
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2qconv.commands.conversion import common_options
-from d2qconv.export.base import ExporterInfo
+from d2qconv.exporters.base import ExporterInfo
 from d2qconv.options import Settings
 
 #: Options that change no bit of the package, and are this machine's or this call's alone.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
-from d2qconv.export.info import ExporterInfo
+from d2qconv.exporters.info import ExporterInfo
 from d2qconv.options import Calibration, Machine, Method, Output, Settings
 from d2qconv.report_options import Report
 

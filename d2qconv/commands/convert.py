@@ -12,8 +12,8 @@ from cyclopts import App, Group, Parameter
 from d2qconv.commands.parameters import TALK, Model, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import InputError, PluginError
-from d2qconv.export.discover import Found, Sampler, discover, find
-from d2qconv.export.info import ExporterInfo
+from d2qconv.exporters.discover import Found, Sampler, discover, find
+from d2qconv.exporters.info import ExporterInfo
 
 if TYPE_CHECKING:
     from d2qconv.importing import PlannedImport
@@ -115,11 +115,11 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
     if not output.dry_run:
         _check(info, path, output.overwrite)
         if output.report:
-            from d2qconv.export.beside import check_report
+            from d2qconv.exporters.beside import check_report
 
             check_report(path, output.overwrite)
     from d2qconv.commands.again import command_words
-    from d2qconv.export.base import Carrier
+    from d2qconv.exporters.base import Carrier
     from d2qconv.job import Job
 
     return Job(
@@ -160,8 +160,8 @@ def _also(text: str, output: Output) -> Also:
 
 def _check(info: ExporterInfo, path: Path, overwrite: bool) -> None:
     """Refuse an output that could not be written at its end; raises InputError."""
-    from d2qconv.export.folder import check_folder
-    from d2qconv.export.package import check_output
+    from d2qconv.exporters.folder import check_folder
+    from d2qconv.exporters.package import check_output
 
     (check_folder if info.is_folder else check_output)(path, overwrite)
 

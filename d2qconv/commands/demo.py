@@ -12,7 +12,7 @@ import d2qconv
 from d2qconv.commands.convert import make_job, run_job
 from d2qconv.commands.parameters import TALK, ReportOptions
 from d2qconv.console import Console
-from d2qconv.export.discover import Found, find, first_ready
+from d2qconv.exporters.discover import Found, find, first_ready
 from d2qconv.report_options import Flag, OutputPath
 
 #: The model that `demo` converts; it is part of the package.

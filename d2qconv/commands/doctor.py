@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from d2qconv.commands.parameters import TALK, Format, ReportOptions
 from d2qconv.console import Console
-from d2qconv.export.discover import Found
+from d2qconv.exporters.discover import Found
 
 WHAT = (
     "A package, or a model as a folder or hub id (of which no weights are downloaded). "

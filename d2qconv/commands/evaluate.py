@@ -13,9 +13,9 @@ from d2qconv.commands.packages import exporter_of
 from d2qconv.commands.parameters import TALK, File, Format, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import PluginError
-from d2qconv.export.base import ExporterInfo
-from d2qconv.export.discover import Found
-from d2qconv.export.package import check_output
+from d2qconv.exporters.base import ExporterInfo
+from d2qconv.exporters.discover import Found
+from d2qconv.exporters.package import check_output
 from d2qconv.facts import evaluation_facts
 from d2qconv.package_options import Measure
 

@@ -11,13 +11,13 @@ from cyclopts import App, Parameter
 from d2qconv.commands.parameters import SHALLOW, TALK, DeepOptions, File, Format, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.discover import Found, find, for_file
-from d2qconv.export.info import ExporterInfo
+from d2qconv.exporters.discover import Found, find, for_file
+from d2qconv.exporters.info import ExporterInfo
 from d2qconv.package_options import Deep
 from d2qconv.progress import Watch, by_steps
 
 if TYPE_CHECKING:
-    from d2qconv.export.base import Check, Exporter
+    from d2qconv.exporters.base import Check, Exporter
 
 MAX_HOST_MEM = (
     "Host memory to stay within, such as 1GiB; by default 80 % of what is free. The comparison bit for bit needs less "
@@ -87,7 +87,7 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
 
 
 def _deep_checks(file: Path, exporter: Exporter, asked: Deep, watch: Watch) -> list[Check]:
-    from d2qconv.export.beside import report_of
+    from d2qconv.exporters.beside import report_of
     from d2qconv.report.deep import deep_checks
 
     watch.stage("verify deep", 0)

@@ -11,9 +11,9 @@ from cyclopts import App, Parameter
 from d2qconv.commands.parameters import TALK, ReportOptions
 from d2qconv.console import Console
 from d2qconv.errors import InputError
-from d2qconv.export.beside import page_of
-from d2qconv.export.discover import Found
-from d2qconv.export.package import check_output
+from d2qconv.exporters.beside import page_of
+from d2qconv.exporters.discover import Found
+from d2qconv.exporters.package import check_output
 from d2qconv.report_options import Flag, OutputPath
 
 Reports = Annotated[Path, Parameter(help="PACKAGE.report.json, of one run or of several.")]
@@ -51,7 +51,7 @@ def add(app: App, _: Collection[Found], console: Console) -> None:
 
 def write_page(files: list[Path], page: Path, *, overwrite: bool) -> int:
     """Write the page, whole or not at all; returns its bytes. Raises InputError, ExportError."""
-    from d2qconv.export.package import atomic_output
+    from d2qconv.exporters.package import atomic_output
     from d2qconv.report.compare import render_several
     from d2qconv.report.page import render
     from d2qconv.report.schema import decode, read_bytes, read_report

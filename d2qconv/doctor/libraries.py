@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from d2qconv.doctor.probe import Seen
 from d2qconv.errors import PluginError
-from d2qconv.export.base import Runtime
-from d2qconv.export.diagnosis import Finding
+from d2qconv.exporters.base import Runtime
+from d2qconv.exporters.diagnosis import Finding
 
 PROJECT = "d2qconv"
 #: Extras that are only others put together.

@@ -13,7 +13,7 @@ from d2qconv.arch.spec import Architecture, Dims, ModelDesc, Rope
 from d2qconv.budget import choose_budget, gibibytes
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import D2qError, PlanError
-from d2qconv.export.diagnosis import Finding
+from d2qconv.exporters.diagnosis import Finding
 from d2qconv.pipeline import n_held_out
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.memory import Footprint, predict

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2qconv.errors import D2qError, PlanError, PluginError
-from d2qconv.export.base import Exporter, ExporterInfo, Padder
-from d2qconv.export.diagnosis import Diagnosis, Finding
-from d2qconv.export.discover import Found
+from d2qconv.exporters.base import Exporter, ExporterInfo, Padder
+from d2qconv.exporters.diagnosis import Diagnosis, Finding
+from d2qconv.exporters.discover import Found
 
 if TYPE_CHECKING:
     from d2qconv.arch.spec import ModelDesc
@@ -162,7 +162,7 @@ def _exporters(checkpoint: Checkpoint, desc: ModelDesc, found: Collection[Found]
 
 def _asked(info: ExporterInfo, checkpoint: Checkpoint, desc: ModelDesc) -> tuple[list[str], list[str], int]:
     """Refusals, warnings and bytes of a plan without DAC, as the pipeline asks for it."""
-    from d2qconv.export.base import Carrier
+    from d2qconv.exporters.base import Carrier
     from d2qconv.fold.padding import padded
 
     exporter: Exporter = info.load(info.default_options())

@@ -14,10 +14,10 @@ from typing import Any
 from d2qconv.doctor.libraries import installed, is_older, module_of, runtime_state, wanted
 from d2qconv.doctor.probe import Seen, examine
 from d2qconv.errors import D2qError, InputError, PluginError, VerifyError
-from d2qconv.export.base import Exporter, ExporterInfo
-from d2qconv.export.diagnosis import Diagnosing, Diagnosis, Finding
-from d2qconv.export.discover import Found, find, for_file
-from d2qconv.export.manifest import MANIFEST, Manifest, read_manifest
+from d2qconv.exporters.base import Exporter, ExporterInfo
+from d2qconv.exporters.diagnosis import Diagnosing, Diagnosis, Finding
+from d2qconv.exporters.discover import Found, find, for_file
+from d2qconv.exporters.manifest import MANIFEST, Manifest, read_manifest
 
 _SHOWN = 5
 

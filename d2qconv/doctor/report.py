@@ -15,10 +15,10 @@ from d2qconv.doctor.model import model_diagnosis
 from d2qconv.doctor.package import package_diagnosis
 from d2qconv.doctor.probe import Seen, examine
 from d2qconv.errors import PluginError
-from d2qconv.export.base import Runtime
-from d2qconv.export.diagnosis import Diagnosis, Finding
-from d2qconv.export.discover import Found
-from d2qconv.export.manifest import MANIFEST
+from d2qconv.exporters.base import Runtime
+from d2qconv.exporters.diagnosis import Diagnosis, Finding
+from d2qconv.exporters.discover import Found
+from d2qconv.exporters.manifest import MANIFEST
 
 _TORCH = "d2qconv.doctor.machine:torch_facts"
 

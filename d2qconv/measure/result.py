@@ -40,7 +40,7 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class PackageFacts:
-    """A package and what it ran in. sha256: see `d2qconv.export.contents`."""
+    """A package and what it ran in. sha256: see `d2qconv.exporters.contents`."""
 
     name: str
     format: str

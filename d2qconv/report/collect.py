@@ -18,8 +18,8 @@ import torch
 from d2qconv import __version__
 from d2qconv.budget import Peaks
 from d2qconv.calibrate.tokens import CalibrationTokens
-from d2qconv.export.base import Check, ExporterInfo, FloatType, Sizing, TargetPlan, TensorPlan
-from d2qconv.export.file_set import members
+from d2qconv.exporters.base import Check, ExporterInfo, FloatType, Sizing, TargetPlan, TensorPlan
+from d2qconv.exporters.file_set import members
 from d2qconv.ir.model import Provenance
 from d2qconv.job import Planned
 from d2qconv.measure.metrics import Divergence

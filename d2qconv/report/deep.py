@@ -21,8 +21,8 @@ from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import InputError
-from d2qconv.export.base import Check, Exporter, Sizing
-from d2qconv.export.beside import page_of
+from d2qconv.exporters.base import Check, Exporter, Sizing
+from d2qconv.exporters.beside import page_of
 from d2qconv.report.collect import file_entries
 from d2qconv.report.page import render
 from d2qconv.report.schema import FileEntry, PackageEntry, Report, decode, is_intact, read_bytes

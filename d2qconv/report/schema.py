@@ -33,7 +33,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class CheckEntry(msgspec.Struct, frozen=True):
-    """What `verify` established; see `d2qconv.export.base.Check`."""
+    """What `verify` established; see `d2qconv.exporters.base.Check`."""
 
     name: str
     detail: str

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from d2qconv.errors import ExportError
-from d2qconv.export.beside import page_of, report_of
-from d2qconv.export.package import atomic_output
+from d2qconv.exporters.beside import page_of, report_of
+from d2qconv.exporters.package import atomic_output
 from d2qconv.progress import Watch
 from d2qconv.report.collect import RunFacts, collect
 from d2qconv.report.page import render

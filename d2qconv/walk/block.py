@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2qconv.calibrate.statistics import InputStatistics
 from d2qconv.decoder.block import Block
-from d2qconv.export.base import Carrier, FloatType, TargetPlan
+from d2qconv.exporters.base import Carrier, FloatType, TargetPlan
 from d2qconv.fold.corrections import ColumnScale, FoldRecord, MeanShift
 from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases, ShiftIntoWeights
 from d2qconv.grids.base import Grid

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from d2qconv.arch.spec import ModelDesc
-from d2qconv.export.base import FloatType, TargetPlan
+from d2qconv.exporters.base import FloatType, TargetPlan
 from d2qconv.grids.base import Grid
 from d2qconv.names import Role, TensorId
 from d2qconv.refine.memory import predict_bytes

@@ -20,7 +20,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.tokens import CalibrationTokens
 from d2qconv.decoder.block import Block, Ends, build_block, read_block, rms_norm
 from d2qconv.errors import RunError
-from d2qconv.export.base import TargetPlan
+from d2qconv.exporters.base import TargetPlan
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.fold.rules import ShiftIntoWeights
 from d2qconv.ir.block import QuantizedBlock

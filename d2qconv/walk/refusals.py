@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import Refusal
-from d2qconv.export.base import Carrier, TargetPlan
+from d2qconv.exporters.base import Carrier, TargetPlan
 from d2qconv.fold.rules import ScaleIntoGain, ScaleIntoRows, ShiftIntoBiases
 from d2qconv.names import Role, TensorId
 from d2qconv.run import Recipe

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2qconv.calibrate.statistics import InputStatistics
-from d2qconv.export.base import FloatType
+from d2qconv.exporters.base import FloatType
 from d2qconv.grids.base import Grid
 from d2qconv.ir.coded import Coded, Held, cat_rows, decoded
 from d2qconv.precision import tensor_cores

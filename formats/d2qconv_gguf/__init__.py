@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from d2qconv.export.info import ExporterInfo, Runtime
+from d2qconv.exporters.info import ExporterInfo, Runtime
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from gguf import GGUFValueType
 
 from d2qconv.budget import parse_size
 from d2qconv.errors import InputError, Refusal
-from d2qconv.export.base import Candidates, FloatType, Option, TensorPlan
+from d2qconv.exporters.base import Candidates, FloatType, Option, TensorPlan
 from d2qconv.names import TensorId
 from d2qconv_gguf import GgufOptions, types
 from d2qconv_gguf.grids import GRIDS

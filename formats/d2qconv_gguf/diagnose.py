@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2qconv.errors import D2qError, VerifyError
-from d2qconv.export.base import Check
-from d2qconv.export.diagnosis import Finding
+from d2qconv.exporters.base import Check
+from d2qconv.exporters.diagnosis import Finding
 from d2qconv_gguf.container import GgufFile, read
 from d2qconv_gguf.ggml_types import NEEDS, NewerType
 from d2qconv_gguf.reader import layout_of, model_of

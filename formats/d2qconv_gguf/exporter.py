@@ -15,7 +15,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
-from d2qconv.export.base import (
+from d2qconv.exporters.base import (
     Candidates,
     Carrier,
     Check,
@@ -30,9 +30,9 @@ from d2qconv.export.base import (
     once_a_role,
     type_name,
 )
-from d2qconv.export.diagnosis import Finding
-from d2qconv.export.file_set import member
-from d2qconv.export.planned import shapes_with_biases
+from d2qconv.exporters.diagnosis import Finding
+from d2qconv.exporters.file_set import member
+from d2qconv.exporters.planned import shapes_with_biases
 from d2qconv.grids.exact import holds
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId

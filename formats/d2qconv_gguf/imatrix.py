@@ -18,7 +18,7 @@ from gguf import GGUFValueType, GGUFWriter
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import ExportError, InputError, Refusal, VerifyError
-from d2qconv.export.package import atomic_output, check_output
+from d2qconv.exporters.package import atomic_output, check_output
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import TensorId
 from d2qconv_gguf.container import read

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2qconv.arch.spec import Dims
 from d2qconv.errors import Refusal
-from d2qconv.export.base import Carrier
+from d2qconv.exporters.base import Carrier
 from d2qconv.names import Part, Role, TensorId
 
 #: role -> module name in a GGUF; `blk.{i}.` goes before those that lie in a block

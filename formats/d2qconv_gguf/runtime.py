@@ -155,7 +155,7 @@ class LlamaCpp:
 
 
 class Measured:
-    """A file in llama.cpp for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `LlamaCpp` does.
+    """A file in llama.cpp for `evaluate`; see `d2qconv.exporters.runtime.LoadedPackage`. Raises as `LlamaCpp` does.
 
     Texts are tokenized by llama.cpp itself, which takes no special token from their letters.
     """

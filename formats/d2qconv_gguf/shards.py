@@ -2,7 +2,7 @@
 
 llama.cpp's layout (tools/gguf-split/gguf-split.cpp; read by `llama_model_loader`): every file has `split.no` (from 0),
 `split.count` (both u16) and `split.tensors.count` (i32, over all files); the first has all other metadata too, the
-others have none. The names are those of `d2qconv.export.file_set.member`, by which llama.cpp finds the other files.
+others have none. The names are those of `d2qconv.exporters.file_set.member`, by which llama.cpp finds the other files.
 """
 
 from __future__ import annotations

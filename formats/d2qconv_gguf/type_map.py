@@ -14,8 +14,8 @@ from functools import cached_property
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.errors import Refusal
-from d2qconv.export.base import TensorPlan, type_name
-from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
+from d2qconv.exporters.base import TensorPlan, type_name
+from d2qconv.exporters.overrides import Override, OverrideOption, last_that_holds
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions, types
 from d2qconv_gguf.mixes import MIXES, Mix, Model

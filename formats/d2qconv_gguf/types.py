@@ -9,7 +9,7 @@ from typing import TypeAlias
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from d2qconv.errors import Refusal
-from d2qconv.export.base import FloatType, type_name
+from d2qconv.exporters.base import FloatType, type_name
 from d2qconv.grids.base import Grid
 from d2qconv_gguf.codecs import CODECS
 from d2qconv_gguf.ggml_types import FILE_TYPE_Q2_0, SIZES, GgmlType

@@ -13,7 +13,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import lacks_room
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
-from d2qconv.export.base import Check, Progress
+from d2qconv.exporters.base import Check, Progress
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.measure.reference import needed_bytes

@@ -21,7 +21,7 @@ import torch
 
 from d2qconv.arch.spec import Dim, ModelDesc, Padding
 from d2qconv.errors import Refusal
-from d2qconv.export.base import FloatType, TensorPlan, type_name
+from d2qconv.exporters.base import FloatType, TensorPlan, type_name
 from d2qconv.fold import padding as fold
 from d2qconv.grids.base import Grid
 from d2qconv.names import TensorId

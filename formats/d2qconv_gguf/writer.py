@@ -21,8 +21,8 @@ from gguf import GGUFWriter
 from torch import Tensor
 
 from d2qconv.errors import ExportError
-from d2qconv.export.base import FloatType, Progress, TargetPlan, TensorPlan
-from d2qconv.export.planned import check_complete
+from d2qconv.exporters.base import FloatType, Progress, TargetPlan, TensorPlan
+from d2qconv.exporters.planned import check_complete
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import QuantizedModel, Stored
 from d2qconv.threads import each

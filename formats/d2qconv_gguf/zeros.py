@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from d2qconv.arch.spec import Dim, Dims, ModelDesc
-from d2qconv.export.base import Check
+from d2qconv.exporters.base import Check
 from d2qconv.names import Part
 from d2qconv_gguf.container import GgufFile, StoredTensor
 from d2qconv_gguf.metadata import KV

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from d2qconv.export.info import ExporterInfo, Runtime
+from d2qconv.exporters.info import ExporterInfo, Runtime
 
 
 @dataclass(frozen=True)

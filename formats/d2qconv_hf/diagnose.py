@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2qconv.errors import D2qError, VerifyError
-from d2qconv.export.diagnosis import Finding
-from d2qconv.export.manifest import read_manifest
+from d2qconv.exporters.diagnosis import Finding
+from d2qconv.exporters.manifest import read_manifest
 from d2qconv_hf.compatibility import Asked, Verdict, lines
 from d2qconv_hf.container import open_folder
 from d2qconv_hf.reader import Model, read_model

@@ -1,4 +1,4 @@
-"""The exporters of Hugging Face folders: plan, write, verify. See `d2qconv.export.base.Exporter`."""
+"""The exporters of Hugging Face folders: plan, write, verify. See `d2qconv.exporters.base.Exporter`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import ExportError, InputError, Refusal
-from d2qconv.export.base import (
+from d2qconv.exporters.base import (
     Carrier,
     Check,
     FloatType,
@@ -25,10 +25,10 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.export.diagnosis import Finding
-from d2qconv.export.manifest import inspected
-from d2qconv.export.overrides import Override, OverrideOption, last_that_holds
-from d2qconv.export.planned import (
+from d2qconv.exporters.diagnosis import Finding
+from d2qconv.exporters.manifest import inspected
+from d2qconv.exporters.overrides import Override, OverrideOption, last_that_holds
+from d2qconv.exporters.planned import (
     LINEARS,
     SIDE_FILES,
     adopted_shapes,

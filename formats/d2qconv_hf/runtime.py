@@ -55,7 +55,7 @@ def logits(dialect: str, path: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 class Measured(Tokenized):
-    """A folder in its dialect's runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`.
+    """A folder in its dialect's runtime for `evaluate`; see `d2qconv.exporters.runtime.LoadedPackage`.
 
     Raises PluginError if a library is missing, VerifyError for what the libraries raise.
     """

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from d2qconv.export.base import FloatType
+from d2qconv.exporters.base import FloatType
 from d2qconv.grids.affine import AffineGrid
 
 #: Bits of a code by the name of the type.

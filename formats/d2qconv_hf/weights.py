@@ -13,8 +13,8 @@ from torch import Tensor
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError
-from d2qconv.export.base import FloatType, Progress, TensorPlan
-from d2qconv.export.planned import check_stored, digest
+from d2qconv.exporters.base import FloatType, Progress, TensorPlan
+from d2qconv.exporters.planned import check_stored, digest
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import QuantizedModel, Stored

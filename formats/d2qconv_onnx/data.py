@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from d2qconv.errors import ExportError
-from d2qconv.export.base import FloatType, Progress, TensorPlan
-from d2qconv.export.planned import check_stored, digest
+from d2qconv.exporters.base import FloatType, Progress, TensorPlan
+from d2qconv.exporters.planned import check_stored, digest
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.threads import each

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from d2qconv.errors import D2qError, VerifyError
-from d2qconv.export.diagnosis import Finding
+from d2qconv.exporters.diagnosis import Finding
 from d2qconv_onnx.container import open_model
 from d2qconv_onnx.genai import CONFIG, MODEL
 from d2qconv_onnx.reader import desc_of, read_model

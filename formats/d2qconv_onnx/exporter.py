@@ -1,4 +1,4 @@
-"""The ONNX exporter: plan, write, verify. See `d2qconv.export.base.Exporter`."""
+"""The ONNX exporter: plan, write, verify. See `d2qconv.exporters.base.Exporter`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.decoder.rope import cos_sin
 from d2qconv.errors import ExportError, Refusal
-from d2qconv.export.base import (
+from d2qconv.exporters.base import (
     Carrier,
     Check,
     FloatType,
@@ -26,10 +26,10 @@ from d2qconv.export.base import (
     TargetPlan,
     TensorPlan,
 )
-from d2qconv.export.diagnosis import Finding
-from d2qconv.export.manifest import inspected
-from d2qconv.export.overrides import OverrideOption, last_that_holds
-from d2qconv.export.planned import (
+from d2qconv.exporters.diagnosis import Finding
+from d2qconv.exporters.manifest import inspected
+from d2qconv.exporters.overrides import OverrideOption, last_that_holds
+from d2qconv.exporters.planned import (
     SIDE_FILES,
     adopted_shapes,
     check_complete,

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from d2qconv.arch.spec import ModelDesc
-from d2qconv.export.base import TargetPlan
+from d2qconv.exporters.base import TargetPlan
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_onnx import types

@@ -125,7 +125,7 @@ class OrtModel:
 
 
 class Measured(Tokenized):
-    """A package in ONNX Runtime for `evaluate`; see `d2qconv.export.runtime.LoadedPackage`. Raises as `OrtModel`."""
+    """A package in ONNX Runtime for `evaluate`; see `d2qconv.exporters.runtime.LoadedPackage`. Raises as `OrtModel`."""
 
     name = "ONNX Runtime"
     settings = "on the CPU, at the package's accuracy level"

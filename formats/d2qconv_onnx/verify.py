@@ -14,9 +14,9 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import lacks_room
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import VerifyError
-from d2qconv.export.base import Check, Progress
-from d2qconv.export.manifest import Manifest, files_check, read_manifest, require_known
-from d2qconv.export.planned import SIDE_FILES
+from d2qconv.exporters.base import Check, Progress
+from d2qconv.exporters.manifest import Manifest, files_check, read_manifest, require_known
+from d2qconv.exporters.planned import SIDE_FILES
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits as reference_logits
 from d2qconv.measure.reference import needed_bytes

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from d2qconv.errors import PluginError
-from d2qconv.export.base import Check, ExporterInfo
+from d2qconv.exporters.base import Check, ExporterInfo
 
 @dataclass(frozen=True)
 class FakeOptions:

@@ -13,7 +13,7 @@ import pytest
 from d2qconv import cli
 from d2qconv.console import Console
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.discover import discover
+from d2qconv.exporters.discover import discover
 from d2qconv.options import Calibration, Method
 from d2qconv.run import CalibrationSpec, Recipe
 

@@ -8,8 +8,8 @@ from random_models import DIMS, LLAMA_5M, make_desc, quantized, small_source
 from d2qconv.doctor import package as package_module
 from d2qconv.doctor import report as report_module
 from d2qconv.doctor.probe import Seen
-from d2qconv.export.base import Carrier, silent
-from d2qconv.export.manifest import MANIFEST, read_manifest, write_manifest
+from d2qconv.exporters.base import Carrier, silent
+from d2qconv.exporters.manifest import MANIFEST, read_manifest, write_manifest
 
 DESC = make_desc("llama", dims=replace(DIMS, n_layers=1))
 

@@ -8,7 +8,7 @@ import pytest
 from random_models import quantized, small_source
 
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.export.base import silent
+from d2qconv.exporters.base import silent
 from d2qconv.testing.models import make_checkpoint
 
 pytest.importorskip("cyllama")

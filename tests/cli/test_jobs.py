@@ -15,7 +15,7 @@ from d2qconv import errors, pipeline
 from d2qconv.budget import Budget, Peaks
 from d2qconv.commands.demo import DEMO_MODEL
 from d2qconv.errors import PlanError, Refusal, RunError, refuse
-from d2qconv.export.base import Carrier, Check, FloatType, TargetPlan, TensorPlan
+from d2qconv.exporters.base import Carrier, Check, FloatType, TargetPlan, TensorPlan
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.run import CalibrationSpec, Recipe
@@ -350,7 +350,7 @@ def test_impossible_output_is_refused_before_the_work(d2q, calm, output):
 
 
 def test_no_partial_output_after_a_failure(d2q, monkeypatch):
-    from d2qconv.export.package import atomic_output
+    from d2qconv.exporters.package import atomic_output
 
     def convert(planned, watch):
         with atomic_output(planned.job.output, overwrite=planned.job.overwrite) as path:

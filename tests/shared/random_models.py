@@ -16,7 +16,7 @@ from d2qconv.arch.registry import BUILT_IN
 from d2qconv.arch.spec import Dims, ModelDesc, Rope
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import Checkpoint
-from d2qconv.export.base import FloatType, TargetPlan
+from d2qconv.exporters.base import FloatType, TargetPlan
 from d2qconv.grids.base import Grid, stack_blocks
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import Provenance, QuantizedModel

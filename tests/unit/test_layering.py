@@ -35,10 +35,10 @@ LIGHT = (
     "run.py",
     "startup.py",
     "watches.py",
-    "export/base.py",
-    "export/diagnosis.py",
-    "export/discover.py",
-    "export/info.py",
+    "exporters/base.py",
+    "exporters/diagnosis.py",
+    "exporters/discover.py",
+    "exporters/info.py",
 )
 HEAVY = {"torch", "numpy", "gguf", "safetensors", "tokenizers", "transformers", "huggingface_hub"}
 

@@ -30,7 +30,7 @@ from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import load_block, load_ends
 from d2qconv.errors import PlanError
-from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan, type_name
+from d2qconv.exporters.base import Carrier, FloatType, TargetPlan, TensorPlan, type_name
 from d2qconv.fold import rotation
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid

@@ -38,10 +38,10 @@ from d2qconv.calibrate import tokens as calibration
 from d2qconv.checkpoint.folder import find, read_json
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import D2qError, PlanError, VerifyError
-from d2qconv.export import discover
-from d2qconv.export.base import Check, silent
-from d2qconv.export.manifest import files_check, inspected, read_manifest
-from d2qconv.export.planned import SIDE_FILES
+from d2qconv.exporters import discover
+from d2qconv.exporters.base import Check, silent
+from d2qconv.exporters.manifest import files_check, inspected, read_manifest
+from d2qconv.exporters.planned import SIDE_FILES
 from d2qconv.foreign.read import read_foreign
 from d2qconv.ir.store import Store
 from d2qconv.ir.workdir import read_measured, read_tokens

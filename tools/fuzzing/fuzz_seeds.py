@@ -27,7 +27,7 @@ from safetensors.numpy import save_file  # noqa: E402
 from d2qconv.arch.bind import bind  # noqa: E402
 from d2qconv.arch.spec import Dims, ModelDesc  # noqa: E402
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint  # noqa: E402
-from d2qconv.export.base import Carrier, silent  # noqa: E402
+from d2qconv.exporters.base import Carrier, silent  # noqa: E402
 from d2qconv.ir.importance import Importance  # noqa: E402
 from d2qconv.ir.model import QuantizedModel  # noqa: E402
 from d2qconv.ir.store import Store  # noqa: E402

@@ -12,7 +12,7 @@ from d2qconv.allocate.allocation import Measurement, activation_bytes, allocate,
 from d2qconv.allocate.sensitivity import Sensitivity, TensorCost
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.export.base import Candidates, Option
+from d2qconv.exporters.base import Candidates, Option
 from d2qconv.ir.workdir import MEASURED
 from d2qconv.names import Role, TensorId
 from d2qconv.progress import Unwatched

@@ -6,7 +6,7 @@ from d2qconv.doctor import libraries
 from d2qconv.doctor.libraries import Wanted, findings, is_older, runtime_state, states, wanted
 from d2qconv.doctor.probe import Seen
 from d2qconv.errors import PluginError
-from d2qconv.export.base import Runtime
+from d2qconv.exporters.base import Runtime
 
 LINES = (
     "cyclopts>=5",

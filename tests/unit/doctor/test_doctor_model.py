@@ -15,7 +15,7 @@ from d2qconv.doctor.memory import footprint, memory_finding, seven_b
 from d2qconv.doctor.model import model_diagnosis
 from d2qconv.doctor.report import diagnose
 from d2qconv.errors import InputError, PlanError
-from d2qconv.export.discover import discover
+from d2qconv.exporters.discover import discover
 from d2qconv.testing.models import make_checkpoint
 
 TOKENIZER = Path(__file__).parents[2] / "data" / "tiny-llama-5m"

@@ -19,7 +19,7 @@ from random_models import (  # noqa: F401 the tests take them from here
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
-from d2qconv.export.base import Carrier, Package, TargetPlan, silent
+from d2qconv.exporters.base import Carrier, Package, TargetPlan, silent
 from d2qconv.ir.model import QuantizedModel
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf.exporter import GgufExporter

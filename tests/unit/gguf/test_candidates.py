@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from gguf_models import DIMS, make_desc, quantized, small_source
 
-from d2qconv.export.base import Allocating, FloatType, silent
+from d2qconv.exporters.base import Allocating, FloatType, silent
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf.exporter import GgufExporter

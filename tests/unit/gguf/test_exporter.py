@@ -10,7 +10,7 @@ from gguf_models import DIMS, FAST, LLAMA_5M, as_stored, make_desc, quantized, s
 from d2qconv.arch.registry import BUILT_IN
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import ExportError
-from d2qconv.export.base import Carrier, FloatType, silent
+from d2qconv.exporters.base import Carrier, FloatType, silent
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import INFO, GgufOptions
 from d2qconv_gguf.container import read

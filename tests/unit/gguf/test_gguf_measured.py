@@ -12,7 +12,7 @@ from gguf_models import DIMS, as_stored, make_desc, small_source, write
 
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import PluginError, VerifyError
-from d2qconv.export.runtime import Evaluating
+from d2qconv.exporters.runtime import Evaluating
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits
 from d2qconv_gguf import GgufOptions, runtime

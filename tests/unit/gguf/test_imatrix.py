@@ -17,7 +17,7 @@ from gguf_models import FAST, PLAIN, PROVENANCE, make_desc, quantized, small_sou
 from d2qconv.calibrate.tokens import load_tokens
 from d2qconv.decoder.block import load_block, load_ends
 from d2qconv.errors import ExportError, RunError
-from d2qconv.export.base import Carrier, silent
+from d2qconv.exporters.base import Carrier, silent
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.ir.importance import Importance
 from d2qconv.ir.model import QuantizedModel

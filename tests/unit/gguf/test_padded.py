@@ -11,7 +11,7 @@ from gguf_models import PLAIN, PROVENANCE, make_desc, write
 
 from d2qconv.arch.spec import Dims, Padding
 from d2qconv.checkpoint.dense import Dense
-from d2qconv.export.base import Carrier, FloatType, silent
+from d2qconv.exporters.base import Carrier, FloatType, silent
 from d2qconv.fold.padding import padded
 from d2qconv.ir.importance import Importance
 from d2qconv.ir.model import QuantizedModel

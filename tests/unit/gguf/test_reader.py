@@ -17,7 +17,7 @@ from d2qconv.arch.spec import Dims, Rope
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.decoder.rope import attention_factor, inverse_frequencies
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.base import Carrier, silent
+from d2qconv.exporters.base import Carrier, silent
 from d2qconv.ir.coded import Coded
 from d2qconv.names import Role, TensorId
 from d2qconv_gguf import GgufOptions

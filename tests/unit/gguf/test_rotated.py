@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf_models import FAST, PLAIN, make_desc, write
 
-from d2qconv.export.base import Carrier, silent
+from d2qconv.exporters.base import Carrier, silent
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.measure.reference import logits
 from d2qconv.names import Role, TensorId

@@ -15,7 +15,7 @@ from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import VerifyError
-from d2qconv.export.base import Carrier, silent
+from d2qconv.exporters.base import Carrier, silent
 from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions, verify

@@ -7,7 +7,7 @@ from gguf_models import FAST, ROPES, make_desc, write
 
 from d2qconv.arch.spec import Rope
 from d2qconv.errors import VerifyError
-from d2qconv.export.base import silent
+from d2qconv.exporters.base import silent
 from d2qconv_gguf.verify import require_same_function, verify_file
 
 YARN = Rope(10000.0, "yarn", 4.0, original_max_positions=512)

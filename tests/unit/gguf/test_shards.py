@@ -12,7 +12,7 @@ import torch
 from gguf_models import FAST, make_desc, write
 
 from d2qconv.errors import InputError, VerifyError
-from d2qconv.export.base import silent
+from d2qconv.exporters.base import silent
 from d2qconv.measure.reference import logits
 from d2qconv_gguf import exporter, shards
 from d2qconv_gguf.container import read

@@ -6,7 +6,7 @@ import pytest
 from gguf_models import DIMS, make_desc
 
 from d2qconv.errors import Refusal
-from d2qconv.export.overrides import Override
+from d2qconv.exporters.overrides import Override
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import GgufOptions
 from d2qconv_gguf import types as known

@@ -15,7 +15,7 @@ from gguf_models import FAST, make_desc, nearest, quantized, write
 
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError
-from d2qconv.export.base import Carrier, silent
+from d2qconv.exporters.base import Carrier, silent
 from d2qconv.ir.coded import Coded
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_gguf import container, writer

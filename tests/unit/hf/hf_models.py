@@ -9,7 +9,7 @@ from session_folder import new_folder
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.export.base import silent
+from d2qconv.exporters.base import silent
 from d2qconv.testing.models import make_checkpoint
 from d2qconv_hf import HfOptions
 from d2qconv_hf.exporter import AutoRoundExporter, CompressedTensorsExporter, GptqExporter, MlxExporter

@@ -12,7 +12,7 @@ from random_models import as_stored, quantized
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import ExportError
-from d2qconv.export.base import Carrier, FloatType, silent
+from d2qconv.exporters.base import Carrier, FloatType, silent
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.ir.coded import Coded
 from d2qconv.measure.reference import logits as reference

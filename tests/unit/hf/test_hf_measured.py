@@ -9,7 +9,7 @@ import pytest
 from hf_models import write
 
 from d2qconv.errors import InputError, PluginError, VerifyError
-from d2qconv.export.runtime import Evaluating
+from d2qconv.exporters.runtime import Evaluating
 from d2qconv_hf import runtime
 
 TOKENS = np.random.default_rng(0).integers(2, 512, (2, 24))

@@ -11,8 +11,8 @@ import pytest
 from hf_models import EXPORTERS, write
 
 from d2qconv.errors import D2qError
-from d2qconv.export.base import silent
-from d2qconv.export.manifest import file_records, files_check, read_manifest, write_manifest
+from d2qconv.exporters.base import silent
+from d2qconv.exporters.manifest import file_records, files_check, read_manifest, write_manifest
 from d2qconv_hf.container import open_folder
 from d2qconv_hf.reader import read_model
 from d2qconv_hf.verify import verify_folder

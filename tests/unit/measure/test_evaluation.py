@@ -17,7 +17,7 @@ from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import InputError, PluginError, RunError
 from d2qconv.evaluation import Evaluation, Target
-from d2qconv.export.base import ExporterInfo
+from d2qconv.exporters.base import ExporterInfo
 from d2qconv.measure.metrics import Divergence, paired
 from d2qconv.measure.reference import logits
 from d2qconv.progress import Unwatched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random_models import quantized, small_source
 
-from d2qconv.export.base import silent
+from d2qconv.exporters.base import silent
 from d2qconv_onnx import OnnxOptions
 from d2qconv_onnx.exporter import OnnxExporter
 

@@ -12,7 +12,7 @@ from random_models import DIMS, as_stored, make_desc, quantized, small_source
 
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import ExportError
-from d2qconv.export.base import Carrier, silent
+from d2qconv.exporters.base import Carrier, silent
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId

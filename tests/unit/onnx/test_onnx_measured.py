@@ -10,7 +10,7 @@ from random_models import DIMS, as_stored, make_desc, small_source
 
 from d2qconv.calibrate.text import FolderTokenizer
 from d2qconv.errors import VerifyError
-from d2qconv.export.runtime import Evaluating
+from d2qconv.exporters.runtime import Evaluating
 from d2qconv.measure.agreement import distance
 from d2qconv.measure.reference import logits
 from d2qconv_onnx import OnnxOptions

@@ -19,8 +19,8 @@ from onnx_models import write
 from random_models import as_stored, make_desc
 
 from d2qconv.errors import D2qError, VerifyError
-from d2qconv.export.base import Carrier, silent
-from d2qconv.export.manifest import file_records, read_manifest, write_manifest
+from d2qconv.exporters.base import Carrier, silent
+from d2qconv.exporters.manifest import file_records, read_manifest, write_manifest
 from d2qconv_onnx.codec import pack
 from d2qconv_onnx.container import Span, open_model
 from d2qconv_onnx.reader import Matrix, desc_of, read_model

@@ -10,7 +10,7 @@ import d2qconv
 from d2qconv import pipeline
 from d2qconv.calibrate.tokens import load_tokens
 from d2qconv.errors import PlanError
-from d2qconv.export.base import Carrier, Check
+from d2qconv.exporters.base import Carrier, Check
 from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.pipeline import Job, convert, plan

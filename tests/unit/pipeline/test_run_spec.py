@@ -9,7 +9,7 @@ import pytest
 
 import d2qconv
 from d2qconv.errors import InputError, PlanError
-from d2qconv.export.base import Carrier
+from d2qconv.exporters.base import Carrier
 from d2qconv.fold.corrections import FoldRecord
 from d2qconv.gather import calibration_tokens, read_weights
 from d2qconv.job import Also, check_places

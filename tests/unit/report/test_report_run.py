@@ -17,8 +17,8 @@ from browser import seen
 from d2qconv import pipeline
 from d2qconv.calibrate.tokens import load_tokens
 from d2qconv.errors import ExportError, InputError
-from d2qconv.export.base import Check
-from d2qconv.export.beside import page_of, report_of
+from d2qconv.exporters.base import Check
+from d2qconv.exporters.beside import page_of, report_of
 from d2qconv.measure.reference import logits
 from d2qconv.names import Role, TensorId
 from d2qconv.pipeline import Job, convert, plan

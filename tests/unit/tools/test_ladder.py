@@ -14,7 +14,7 @@ import torch
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.export.base import Carrier, FloatType
+from d2qconv.exporters.base import Carrier, FloatType
 from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.run import Recipe

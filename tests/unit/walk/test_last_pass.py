@@ -7,7 +7,7 @@ import torch
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan
+from d2qconv.exporters.base import Carrier, FloatType, TargetPlan, TensorPlan
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.names import Role
 from d2qconv.refine.memory import predict_bytes

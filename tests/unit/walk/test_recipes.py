@@ -12,7 +12,7 @@ from d2qconv.calibrate.tokens import CalibrationTokens
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.decoder.block import Block, load_block, load_ends
-from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan
+from d2qconv.exporters.base import Carrier, FloatType, TargetPlan, TensorPlan
 from d2qconv.fold.rotation import Rotation, rotated
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.ir.coded import Coded

@@ -10,7 +10,7 @@ from d2qconv.arch.bind import bind
 from d2qconv.calibrate.tokens import CalibrationTokens
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.export.base import Carrier, FloatType, TargetPlan, TensorPlan
+from d2qconv.exporters.base import Carrier, FloatType, TargetPlan, TensorPlan
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.store import Store
 from d2qconv.measure.reference import logits

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from d2qconv.errors import PluginError
 
 if TYPE_CHECKING:
-    from d2qconv.export.base import Exporter
+    from d2qconv.exporters.base import Exporter
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ExporterInfo:
     name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options.
     target: `module:Class`, called with the options. requires: modules that must be importable. extra: the pip
     extra that brings them. suffix: of the default output name. is_folder: a package is a folder that holds a manifest
-    (`d2qconv.export.manifest`), and not a file. example: the command's example in its help. runtimes: what loads its
+    (`d2qconv.exporters.manifest`), and not a file. example: the command's example in its help. runtimes: what loads its
     packages, for `doctor`.
     """
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from d2qconv.errors import InputError, PluginError
-from d2qconv.export import discover as module
-from d2qconv.export.base import ExporterInfo
-from d2qconv.export.discover import GROUP, Found, Sampler, discover, find, first_ready, for_file
+from d2qconv.exporters import discover as module
+from d2qconv.exporters.base import ExporterInfo
+from d2qconv.exporters.discover import GROUP, Found, Sampler, discover, find, first_ready, for_file
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol, get_type_hints, runtime_checkable
 
 from d2qconv.errors import InputError, PluginError
-from d2qconv.export.info import ExporterInfo
+from d2qconv.exporters.info import ExporterInfo
 
 GROUP = "d2qconv.exporters"
 
@@ -96,7 +96,7 @@ def first_ready(found: Collection[Found]) -> ExporterInfo:
 def for_file(path: Path, found: Collection[Found]) -> ExporterInfo:
     """The exporter of a package: by a folder's manifest, or by a file's suffix; raises InputError."""
     if path.is_dir():
-        from d2qconv.export.manifest import MANIFEST, read_manifest
+        from d2qconv.exporters.manifest import MANIFEST, read_manifest
 
         if not (path / MANIFEST).is_file():
             raise InputError(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from d2qconv.errors import ExportError, InputError
-from d2qconv.export import file_set
-from d2qconv.export.file_set import atomic_set, check_set, member, members
+from d2qconv.exporters import file_set
+from d2qconv.exporters.file_set import atomic_set, check_set, member, members
 
 
 def names(folder: Path) -> list[str]:
@@ -124,7 +124,7 @@ def test_a_set_that_appears_meanwhile_is_not_replaced(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from d2qconv.export.file_set import atomic_set, member
+from d2qconv.exporters.file_set import atomic_set, member
 out, text, n, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 left = steps
 def dying(function):

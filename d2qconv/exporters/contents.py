@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2qconv.errors import InputError
-from d2qconv.export.file_set import member
-from d2qconv.export.manifest import FileRecord, file_record
+from d2qconv.exporters.file_set import member
+from d2qconv.exporters.manifest import FileRecord, file_record
 
 
 @dataclass(frozen=True)

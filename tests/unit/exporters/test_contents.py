@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from d2qconv.errors import InputError
-from d2qconv.export.contents import contents
+from d2qconv.exporters.contents import contents
 
 
 def sha(data):

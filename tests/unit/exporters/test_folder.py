@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from d2qconv.errors import ExportError, InputError, VerifyError
-from d2qconv.export.discover import Found, for_file
-from d2qconv.export.folder import atomic_folder, check_folder
-from d2qconv.export.manifest import (
+from d2qconv.exporters.discover import Found, for_file
+from d2qconv.exporters.folder import atomic_folder, check_folder
+from d2qconv.exporters.manifest import (
     MANIFEST,
     Manifest,
     file_records,
@@ -24,7 +24,7 @@ from d2qconv.export.manifest import (
     read_manifest,
     write_manifest,
 )
-from d2qconv.export.package import partial_name
+from d2qconv.exporters.package import partial_name
 
 
 def fill(folder, text):

@@ -11,8 +11,8 @@ import numpy as np
 
 from d2qconv import __version__
 from d2qconv.errors import ExportError, Refusal
-from d2qconv.export.base import Carrier, FloatType, Package, TargetPlan, TensorPlan, once_a_role
-from d2qconv.export.manifest import Manifest, file_records, write_manifest
+from d2qconv.exporters.base import Carrier, FloatType, Package, TargetPlan, TensorPlan, once_a_role
+from d2qconv.exporters.manifest import Manifest, file_records, write_manifest
 from d2qconv.ir.coded import Coded
 from d2qconv.names import Part, Role, TensorId
 

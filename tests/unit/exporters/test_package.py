@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from d2qconv.errors import ExportError, InputError
-from d2qconv.export import package
-from d2qconv.export.package import atomic_output, check_output
+from d2qconv.exporters import package
+from d2qconv.exporters.package import atomic_output, check_output
 
 
 def names(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ import msgspec
 
 from d2qconv.checkpoint.folder import is_regular
 from d2qconv.errors import ExportError, VerifyError
-from d2qconv.export.base import Check
+from d2qconv.exporters.base import Check
 
 MANIFEST = "d2qconv.json"
 #: A manifest lists a few thousand tensors; what is larger is none.

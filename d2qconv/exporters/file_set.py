@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2qconv.errors import ExportError, InputError
-from d2qconv.export.package import check_output, partial_name, remove_stale, sync_folder, unwritable
+from d2qconv.exporters.package import check_output, partial_name, remove_stale, sync_folder, unwritable
 
 
 def member(path: Path, number: int, n_files: int) -> Path:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from d2qconv.errors import Refusal
-from d2qconv.export.info import ExporterInfo as ExporterInfo  # noqa: PLC0414 this is the door for exporters
-from d2qconv.export.info import Runtime as Runtime  # noqa: PLC0414
+from d2qconv.exporters.info import ExporterInfo as ExporterInfo  # noqa: PLC0414 this is the door for exporters
+from d2qconv.exporters.info import Runtime as Runtime  # noqa: PLC0414
 from d2qconv.grids.base import Grid
 from d2qconv.names import Role, TensorId
 

@@ -27,8 +27,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2qconv.errors import ExportError, InputError
-from d2qconv.export.manifest import MANIFEST
-from d2qconv.export.package import free_beside, partial_name, remove_stale, sync_folder, unwritable
+from d2qconv.exporters.manifest import MANIFEST
+from d2qconv.exporters.package import free_beside, partial_name, remove_stale, sync_folder, unwritable
 
 
 def check_folder(path: Path, overwrite: bool, n_bytes: int = 0) -> None:

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from d2qconv.errors import InputError
-from d2qconv.export.package import check_output
+from d2qconv.exporters.package import check_output
 
 REPORT, PAGE = ".report.json", ".report.html"
-#: The names of the files of a split package, `d2qconv.export.file_set.member`.
+#: The names of the files of a split package, `d2qconv.exporters.file_set.member`.
 _MEMBER = re.compile(r"(.+)-\d{5}-of-\d{5}(\.[^.]+)")
 
 

@@ -1,8 +1,9 @@
 """Turn a Hugging Face language model into a verified low-bit package.
 
 The functions of `d2qconv.api` are here by their names, with the types that they take and give: `d2qconv.plan`,
-`d2qconv.quantize`, `d2qconv.verify`, `d2qconv.inspect`, `d2qconv.evaluate`, `d2qconv.evaluate_tasks`. They are loaded
-when they are asked for, and torch with them; `import d2qconv` itself loads nothing. `__init__.pyi` says the types.
+`d2qconv.quantize`, `d2qconv.export`, `d2qconv.verify`, `d2qconv.inspect`, `d2qconv.evaluate`, `d2qconv.evaluate_tasks`.
+They are loaded when they are asked for, and torch with them; `import d2qconv` itself loads nothing. `__init__.pyi` says
+the types.
 """
 
 from importlib import import_module
@@ -14,6 +15,7 @@ _API = "d2qconv.api"
 _PUBLIC = {
     "plan": _API,
     "quantize": _API,
+    "export": _API,
     "verify": _API,
     "inspect": _API,
     "evaluate": _API,

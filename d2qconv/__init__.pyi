@@ -1,5 +1,6 @@
 from d2qconv.api import evaluate as evaluate
 from d2qconv.api import evaluate_tasks as evaluate_tasks
+from d2qconv.api import export as export
 from d2qconv.api import inspect as inspect
 from d2qconv.api import plan as plan
 from d2qconv.api import quantize as quantize

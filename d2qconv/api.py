@@ -1,4 +1,4 @@
-"""The library's own door: plan, quantize, verify, inspect and evaluate as functions. `import d2qconv` gives them.
+"""The library's own door: plan, quantize, export, verify, inspect, evaluate as functions. `import d2qconv` gives them.
 
 ::
 
@@ -14,14 +14,17 @@ They are what the commands of the same names do, less the printing, and raise th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2qconv import evaluation, pipeline
+from d2qconv import evaluation, importing, pipeline
 from d2qconv.errors import InputError, RunError
 from d2qconv.exporters.base import Carrier, Check, ExporterInfo
 from d2qconv.exporters.discover import discover, find, for_file
+from d2qconv.foreign.read import Foreign
 from d2qconv.harness import TaskRun
+from d2qconv.importing import Imported
 from d2qconv.job import Also, Job, Planned
 from d2qconv.measure.result import Evaluated, Tasked
 from d2qconv.outcome import Outcome
@@ -57,25 +60,17 @@ def plan(
     exporter. requantize: take a checkpoint that another tool has quantized, and quantize its values again. max_gpu_mem,
     max_host_mem: sizes such as `24GiB`. Raises InputError, PlanError with every refusal, PluginError.
     """
-    found = discover()
-    info = find(to, found)
-    others = {} if also is None else also
+    job = _job(model, output, to, options, also, revision, overwrite)
     return pipeline.plan(
-        Job(
-            model=str(model),
-            exporter=info,
-            options=info.default_options() if options is None else options,
-            output=Path(output),
+        replace(
+            job,
             recipe=Recipe() if recipe is None else recipe,
             calibration=CalibrationSpec() if calibration is None else calibration,
             carrier=carrier,
             device=device,
             work_dir=None if work_dir is None else Path(work_dir),
-            revision=revision,
-            overwrite=overwrite,
             max_gpu_mem=max_gpu_mem,
             max_host_mem=max_host_mem,
-            also=tuple(Also(find(name, found), Path(path)) for name, path in others.items()),
             requantize=requantize,
         )
     )
@@ -91,6 +86,33 @@ def quantize(planned: Planned, *, watch: Watch | None = None) -> Outcome:
     if outcome is None:
         raise RunError("only the first process of a team gets an outcome", todo="use torchrun -m d2qconv")
     return outcome
+
+
+def export(
+    checkpoint: _PathLike,
+    output: _PathLike,
+    *,
+    to: str = "gguf",
+    options: object | None = None,
+    also: Mapping[str, _PathLike] | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Imported:
+    """Write a checkpoint that is quantized already as another package, verified; every value stays as it is.
+
+    checkpoint: folder or hub id of a GPTQ, AWQ, AutoRound or compressed-tensors checkpoint, a package of ours among
+    them. options: None for types of the exporter that hold the values. The rest is as for `plan`. Raises any error of
+    `d2qconv.errors`; PlanError with what it would cost where no type holds the values exactly.
+    """
+    job = _job(checkpoint, output, to, options, also, revision, overwrite)
+    source = importing.open_source(job)
+    if not isinstance(source, Foreign):
+        raise InputError(
+            "the checkpoint is not quantized", where=str(checkpoint), todo="use plan and quantize"
+        )
+    planned = importing.plan_import(job, source)
+    return importing.convert_import(planned, Unwatched() if watch is None else watch)
 
 
 def verify(package: _PathLike, *, to: str = "", watch: Watch | None = None) -> Sequence[Check]:
@@ -161,6 +183,29 @@ def evaluate_tasks(
     run = TaskRun(tuple(tasks), limit, shots, None if folder is None else Path(folder))
     target = evaluation.Target(*_package(package, ""))
     return evaluation.evaluate_tasks(target, run, Unwatched() if watch is None else watch, window=window)
+
+
+def _job(
+    model: _PathLike,
+    output: _PathLike,
+    to: str,
+    options: object | None,
+    also: Mapping[str, _PathLike] | None,
+    revision: str | None,
+    overwrite: bool,
+) -> Job:
+    found = discover()
+    info = find(to, found)
+    others = {} if also is None else also
+    return Job(
+        model=str(model),
+        exporter=info,
+        options=info.default_options() if options is None else options,
+        output=Path(output),
+        revision=revision,
+        overwrite=overwrite,
+        also=tuple(Also(find(name, found), Path(path)) for name, path in others.items()),
+    )
 
 
 def _package(package: _PathLike, name: str) -> tuple[Path, ExporterInfo]:

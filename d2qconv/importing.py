@@ -20,7 +20,7 @@ from d2qconv.arch.bind import bind, checkpoint_names
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.digest import content_digest
-from d2qconv.checkpoint.open import open_checkpoint
+from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
 from d2qconv.errors import PluginError, Refusal, refuse
 from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
 from d2qconv.foreign.linear import ForeignLinear
@@ -99,12 +99,14 @@ class Imported:
     also: tuple[AlsoWritten, ...] = ()
 
 
-def foreign_of(job: Job) -> Foreign | None:
-    """What the job's checkpoint holds quantized; None if it is one of floats.
+def open_source(job: Job) -> Checkpoint | Foreign:
+    """The job's checkpoint, as one of floats or as what it holds quantized, if that is to be kept.
 
     Raises InputError, PlanError, PluginError.
     """
-    return read_foreign(open_checkpoint(job.model, revision=job.revision))
+    checkpoint = open_checkpoint(job.model, revision=job.revision)
+    foreign = None if job.requantize else read_foreign(checkpoint)
+    return foreign or checkpoint
 
 
 def plan_import(job: Job, foreign: Foreign) -> PlannedImport:

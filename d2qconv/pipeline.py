@@ -58,11 +58,12 @@ from d2qconv.walk.rounding import Rounder
 from d2qconv.walk.sharing import SharedStore
 
 
-def plan(job: Job) -> Planned:
+def plan(job: Job, opened: Checkpoint | None = None) -> Planned:
     """Open the checkpoint, choose every tensor's storage, refuse what cannot be done.
 
-    Storages that follow from a measurement are chosen by `allocate`; that a choice exists is seen here. Reads headers
-    and configs, no weights. Raises InputError, PlanError, PluginError.
+    opened: the job's checkpoint, where it is open already. Storages that follow from a measurement are chosen by
+    `allocate`; that a choice exists is seen here. Reads headers and configs, no weights. Raises InputError, PlanError,
+    PluginError.
     """
     check_recipe(job.recipe)
     check_places(job)
@@ -73,7 +74,7 @@ def plan(job: Job) -> Planned:
             todo="add --dac",
         )
     device = choose_device(job.device)
-    checkpoint = _floats(open_checkpoint(job.model, revision=job.revision), job)
+    checkpoint = _floats(opened or open_checkpoint(job.model, revision=job.revision), job)
     bound = bind(checkpoint)
     kind = job.recipe.rotation
     desc = bound if kind == "none" else rotated(bound, Rotation(kind))
@@ -129,9 +130,7 @@ def _floats(checkpoint: Checkpoint, job: Job) -> Checkpoint:
         return checkpoint
     if not job.requantize:
         why = f"the weights are quantized already ({foreign.dialect})"
-        refuse(
-            [Refusal(job.model, why, "give the float checkpoint, or quantize them again with --requantize")]
-        )
+        refuse([Refusal(job.model, why, "keep them with `export`, or quantize them again with `requantize`")])
     return foreign.checkpoint
 
 

@@ -14,7 +14,7 @@ from d2qconv.checkpoint.open import Checkpoint
 
 @dataclass(frozen=True)
 class FolderTokenizer:
-    """By tokenizer.json or tokenizer.model, see `d2qconv.calibrate.tokens`; a `Tokenizer` of `d2qconv.exporters.runtime`.
+    """By tokenizer.json or tokenizer.model, see `d2qconv.calibrate.tokens`; a `Tokenizer` of `exporters.runtime`.
 
     n_vocab: of the model. bos_ids: what the model's config names, for a checkpoint without a tokenizer.
     """

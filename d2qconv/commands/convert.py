@@ -114,10 +114,6 @@ def make_job(info: ExporterInfo, model: str, options: object, settings: Settings
     path = output.output or Path(Path(model).resolve().name + info.suffix)
     if not output.dry_run:
         _check(info, path, output.overwrite)
-        if output.report:
-            from d2qconv.exporters.beside import check_report
-
-            check_report(path, output.overwrite)
     from d2qconv.commands.again import command_words
     from d2qconv.exporters.base import Carrier
     from d2qconv.job import Job
@@ -173,12 +169,13 @@ def show_plan(job: Job, console: Console, *, is_all: bool) -> None:
     work directory.
     """
     from d2qconv import importing, pipeline
+    from d2qconv.foreign.read import Foreign
 
-    foreign = None if job.requantize else importing.foreign_of(job)
-    if foreign is not None:
-        console.show_import_plan(importing.plan_import(job, foreign), is_all=is_all)
+    source = importing.open_source(job)
+    if isinstance(source, Foreign):
+        console.show_import_plan(importing.plan_import(job, source), is_all=is_all)
         return
-    planned = pipeline.plan(job)
+    planned = pipeline.plan(job, source)
     if planned.candidates is not None:
         with console.watch() as watch:
             planned = pipeline.allocate(planned, watch)
@@ -191,17 +188,22 @@ def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
     A checkpoint that is quantized already is imported, unless it is to be quantized again.
     """
     from d2qconv import importing, pipeline
+    from d2qconv.exporters.beside import check_report
+    from d2qconv.foreign.read import Foreign
     from d2qconv.team import started
 
     rank, n_processes, _ = started()
     if rank:
         # Under torchrun the first process speaks for all.
         console.ask(is_json=False, is_quiet=True)
-    foreign = None if job.requantize else importing.foreign_of(job)
-    if foreign is not None:
-        _import(importing.plan_import(job, foreign), console, is_leader=rank == 0)
+    source = importing.open_source(job)
+    if isinstance(source, Foreign):
+        _import(importing.plan_import(job, source), console, is_leader=rank == 0)
         return
-    planned = pipeline.plan(job)
+    if job.is_reported:
+        # Types may be measured before anything else looks at the outputs.
+        check_report(job.output, job.overwrite)
+    planned = pipeline.plan(job, source)
     if planned.candidates is not None and n_processes == 1:
         # A team measures once it has met.
         with console.watch() as watch:

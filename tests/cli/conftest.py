@@ -73,7 +73,7 @@ class Result:
 @pytest.fixture(autouse=True)
 def of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are of floats; none is opened to find that out."""
-    monkeypatch.setattr(importing, "foreign_of", lambda _job: None)
+    monkeypatch.setattr(importing, "open_source", lambda _job: None)
 
 
 @pytest.fixture

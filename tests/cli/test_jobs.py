@@ -85,7 +85,7 @@ def calm(tmp_path, monkeypatch):
         job.output.write_text("good")
         return outcome(job)
 
-    def plan(job):
+    def plan(job, _opened):
         jobs.append(job)
 
         asked = job
@@ -269,7 +269,7 @@ def test_plan_as_json(d2q):
 
 
 def test_refusals_are_all_shown(d2q, monkeypatch):
-    def plan(job):
+    def plan(job, _opened):
         refuse([Refusal("here", "too [wide]"), Refusal("there", "too long", "cut it")])
 
     monkeypatch.setattr(pipeline, "plan", plan)

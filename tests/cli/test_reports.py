@@ -25,7 +25,7 @@ def jobs(tmp_path, monkeypatch):
     """The jobs that were asked for; they end at once, in an empty folder."""
     found = []
 
-    def plan(job):
+    def plan(job, _opened):
         found.append(job)
         raise RunError("enough")
 

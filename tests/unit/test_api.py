@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from foreign_models import Scheme, make_foreign
 
 import d2qconv
+from d2qconv.testing.models import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = d2qconv._PUBLIC
@@ -65,7 +67,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_readmes_example(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("onnxruntime")
+    for runtime in ("transformers", "compressed_tensors", "cyllama"):
+        pytest.importorskip(runtime)
     (example,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
@@ -77,4 +80,17 @@ def test_the_readmes_example(tmp_path, monkeypatch, capsys):
     assert f"KL divergence {found.judged.divergence.kl.value:.4f}" in said
     assert 0.001 < found.judged.divergence.kl.value < 0.5
     assert found.text.n_judged == 2 * 31
-    assert scope["outcome"].path.exists()
+    # All the matrices inside the blocks, and their values.
+    assert scope["exported"].n_exact == 4 * 7
+    assert not scope["exported"].rounded
+    assert all(check.is_passed for check in scope["exported"].checks)
+
+
+def test_floats_are_not_exported_and_codes_not_planned(tmp_path):
+    make_foreign(tmp_path / "gptq", "gptq", Scheme(4, 32))
+    make_checkpoint(tmp_path / "floats", "llama")
+    with pytest.raises(d2qconv.D2qError, match="not quantized"):
+        d2qconv.export(tmp_path / "floats", tmp_path / "m.gguf")
+    with pytest.raises(d2qconv.D2qError, match=r"quantized already.*\n.*`export`.*`requantize`"):
+        d2qconv.plan(tmp_path / "gptq", tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["floats", "gptq"]

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 
-from d2qconv import allocation_view, evaluation_view, import_view
-from d2qconv.facts import (
+from d2qconv.progress import Unwatched, Watch, duration
+from d2qconv.views import allocation, evaluation, imports
+from d2qconv.views.facts import (
     check_facts,
     diagnosis_facts,
     evaluation_facts,
@@ -25,22 +26,18 @@ from d2qconv.facts import (
     outcome_facts,
     plan_facts,
 )
-from d2qconv.progress import Unwatched, Watch, duration
+from d2qconv.views.outcome import outcome_pairs, verdict
+from d2qconv.views.plan import by_role, each_tensor, plan_pairs, size, weights
 from d2qconv.watches import BarWatch, JsonWatch, LineWatch, time_column
 
 if TYPE_CHECKING:
-    from d2qconv.budget import Peaks
-    from d2qconv.exporters.base import Check, TargetPlan, TensorPlan
+    from d2qconv.exporters.base import Check
     from d2qconv.exporters.diagnosis import Diagnosis
     from d2qconv.exporters.discover import Found
-    from d2qconv.fold.corrections import FoldRecord
     from d2qconv.importing import Imported, PlannedImport
     from d2qconv.job import Planned
     from d2qconv.measure.result import Evaluated, Tasked
-    from d2qconv.names import TensorId
     from d2qconv.outcome import Outcome
-    from d2qconv.walk.last_pass import LastPass
-    from d2qconv.walk.memory import Footprint
 
 
 class Console:
@@ -95,13 +92,13 @@ class Console:
     def show_plan(self, planned: Planned, *, is_all: bool) -> None:
         """Every tensor's type and size, by role or one by one, and what the whole will be."""
         chosen = planned.allocation
-        rows = None if chosen is None else allocation_view.rows(chosen, _weights(planned.target))
-        self._show_plan(planned, lambda: plan_facts(planned), _plan_pairs(planned), rows, is_all=is_all)
+        rows = None if chosen is None else allocation.rows(chosen, weights(planned.target))
+        self._show_plan(planned, lambda: plan_facts(planned), plan_pairs(planned), rows, is_all=is_all)
 
     def show_import_plan(self, planned: PlannedImport, *, is_all: bool) -> None:
         """The same of a checkpoint that is quantized already."""
-        pairs = import_view.plan_pairs(planned)
-        self._show_plan(planned, lambda: import_view.plan_facts(planned), pairs, is_all=is_all)
+        pairs = imports.plan_pairs(planned)
+        self._show_plan(planned, lambda: imports.plan_facts(planned), pairs, is_all=is_all)
 
     def _show_plan(
         self,
@@ -118,10 +115,10 @@ class Console:
             self._emit(facts())
             return
         if not self._is_quiet:
-            self._table(*(_each_tensor(target) if is_all else _by_role(target)))
+            self._table(*(each_tensor(target) if is_all else by_role(target)))
             self._line()
             if chosen is not None:
-                self._table(allocation_view.HEADER, chosen)
+                self._table(allocation.HEADER, chosen)
                 self._line()
             self._pairs(pairs)
         self._line(
@@ -138,11 +135,11 @@ class Console:
     def show_imported(self, done: Imported) -> None:
         """What was written of a checkpoint that is quantized already."""
         if self._is_json:
-            self._emit(import_view.outcome_facts(done))
+            self._emit(imports.outcome_facts(done))
             return
         if not self._is_quiet:
             self._written(done)
-            self._pairs([*import_view.outcome_pairs(done), ("took", duration(done.seconds))])
+            self._pairs([*imports.outcome_pairs(done), ("took", duration(done.seconds))])
             self._line()
         self._line(
             f"{done.path}: {size(done.n_bytes)}, {done.bits_per_weight:.2f} bits per weight without metadata, "
@@ -171,7 +168,7 @@ class Console:
             return
         if not self._is_quiet:
             self._written(outcome)
-            self._pairs(_outcome_pairs(outcome))
+            self._pairs(outcome_pairs(outcome))
             if sample:
                 self._line()
                 self._line(sample)
@@ -199,12 +196,12 @@ class Console:
             self._emit({"path": str(path), **evaluation_facts(found, tasked)})
             return
         if not self._is_quiet and tasked is not None:
-            self._table(evaluation_view.TASKS, evaluation_view.task_rows(tasked))
+            self._table(evaluation.TASKS, evaluation.task_rows(tasked))
             self._line()
         if not self._is_quiet and found is not None:
-            self._pairs(evaluation_view.pairs(found))
+            self._pairs(evaluation.pairs(found))
             self._line()
-        self._line(f"{path}: {evaluation_view.summary(found, tasked)}")
+        self._line(f"{path}: {evaluation.summary(found, tasked)}")
 
     def show_page(self, path: Path, n_bytes: int) -> None:
         """What `report` wrote."""
@@ -275,7 +272,7 @@ class Console:
 
     def _checks(self, checks: Sequence[Check]) -> None:
         for check in checks:
-            self._line(f"{_verdict(check):<7} {check.name}: {check.detail}")
+            self._line(f"{verdict(check):<7} {check.name}: {check.detail}")
 
     def _table(self, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         from rich.table import Table
@@ -303,185 +300,6 @@ def _plain(file: Any) -> RichConsole:
     if not console.is_terminal:
         console.width = 200
     return console
-
-
-def size(n_bytes: float) -> str:
-    """`4.27 MB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.3g} TB"
-
-
-def _bits(tensor: TensorPlan, n_elements: int) -> str:
-    return f"{tensor.n_bytes * 8 / n_elements:.2f}"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
-
-
-def _n_elements(shape: tuple[int, ...]) -> int:
-    n = 1
-    for length in shape:
-        n *= length
-    return n
-
-
-def _each_tensor(target: TargetPlan) -> tuple[Sequence[str], list[Sequence[str]]]:
-    names = ("tensor", "stored as", "shape", "type", "bits/weight", "size", "note")
-    rows: list[Sequence[str]] = [
-        (
-            str(t.id),
-            t.stored_as,
-            _shape(t.shape),
-            t.type_name,
-            _bits(t, _n_elements(t.shape)),
-            f"{t.n_bytes:,}",
-            t.note,
-        )
-        for t in target.tensors
-    ]
-    return names, rows
-
-
-def _by_role(target: TargetPlan) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """One row for all tensors of a role that are stored alike."""
-    alike: dict[tuple[str, str, str], list[TensorPlan]] = {}
-    for tensor in target.tensors:
-        key = (f"{tensor.id.role}.{tensor.id.part}", _shape(tensor.shape), tensor.type_name)
-        alike.setdefault(key, []).append(tensor)
-    rows: list[Sequence[str]] = []
-    for (role, shape, type_name), tensors in alike.items():
-        notes = ", ".join(sorted({t.note for t in tensors if t.note}))
-        bits = _bits(tensors[0], _n_elements(tensors[0].shape))
-        rows.append(
-            (role, str(len(tensors)), shape, type_name, bits, size(sum(t.n_bytes for t in tensors)), notes)
-        )
-    return ("role", "n", "shape", "type", "bits/weight", "size", "note"), rows
-
-
-def _weights(target: TargetPlan) -> Mapping[TensorId, int]:
-    return {t.id: _n_elements(t.shape) for t in target.tensors}
-
-
-def _carrier(target: TargetPlan) -> str:
-    return f"{target.carrier}: {target.carrier_note}" if target.carrier_note else str(target.carrier)
-
-
-def _plan_pairs(planned: Planned) -> Iterator[tuple[str, str]]:
-    target = planned.target
-    yield "source", planned.checkpoint.source
-    yield "architecture", planned.desc.arch.id
-    yield "weights", f"{planned.n_weights:,}"
-    yield "mean shift", _carrier(target)
-    if target.widths:
-        yield "widths", target.widths
-    yield "last pass", _last_pass(planned.last_pass)
-    if planned.allocation is not None:
-        yield from allocation_view.pairs(planned.allocation, target.n_bytes)
-    yield "loads in", ", ".join(target.loads_in)
-    yield from _footprint_pairs(planned.footprint)
-    for warning in target.warnings:
-        yield "warning", warning
-
-
-def _last_pass(last_pass: LastPass) -> str:
-    if last_pass.scope == "none":
-        return "none"
-    scope = (
-        "the whole model, against the source's logits"
-        if last_pass.scope == "model"
-        else "each block by itself"
-    )
-    own = f", {last_pass.own} sequences sampled for it" if last_pass.own else ""
-    return f"{last_pass.steps} steps over {scope}{own}"
-
-
-def _footprint_pairs(footprint: Footprint) -> Iterator[tuple[str, str]]:
-    """Predicted peaks beside the budget, and where the activations will be."""
-    from d2qconv.budget import gibibytes
-
-    budget = footprint.budget
-    if budget.gpu_bytes is not None:
-        yield (
-            "GPU memory",
-            f"at most about {gibibytes(footprint.gpu_peak)}, budget {gibibytes(budget.gpu_bytes)}",
-        )
-    yield (
-        "host memory",
-        f"at most about {gibibytes(footprint.host_peak)}, budget {gibibytes(budget.host_bytes)}",
-    )
-    where = {"device": "on the GPU", "host": "in host memory", "disk": "on disk"}[footprint.place]
-    on_disk = f", {gibibytes(footprint.disk_bytes)}" if footprint.disk_bytes else ""
-    yield "activations", where + on_disk
-
-
-def _peak_pairs(peaks: Peaks, footprint: Footprint) -> Iterator[tuple[str, str]]:
-    """Measured peaks beside the predicted."""
-    from d2qconv.budget import gibibytes
-
-    if peaks.gpu_allocated is not None and peaks.gpu_reserved is not None:
-        yield (
-            "GPU memory",
-            f"peak {gibibytes(peaks.gpu_allocated)}, with the allocator's reserve "
-            f"{gibibytes(peaks.gpu_reserved)}; predicted {gibibytes(footprint.gpu_peak)}",
-        )
-    note = ", mapped files included" if peaks.is_host_with_files else ""
-    yield (
-        "host memory",
-        f"peak {gibibytes(peaks.host)}{note}; predicted {gibibytes(footprint.host_peak)}",
-    )
-
-
-def _outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    """The lines of the closing summary."""
-    yield (
-        "KL divergence",
-        f"{outcome.kld:.4f} nats per token from the source, on {outcome.n_tokens:,} held-out tokens",
-    )
-    yield (
-        "perplexity",
-        f"{outcome.perplexity:.3f} (source {outcome.perplexity_source:.3f}), on the same tokens",
-    )
-    yield "same top token", f"{outcome.same_top:.1%} of them"
-    if outcome.allocation is not None:
-        yield "predicted", allocation_view.prediction(outcome.allocation)
-    if outcome.last_pass:
-        yield "last pass", outcome.last_pass
-    if outcome.errors:
-        worst = max(outcome.errors, key=lambda e: e.output)
-        yield "worst matrix", f"{worst.tensor}: relative squared error of its output {worst.output:.2e}"
-    yield from _fold_pairs(outcome.folds)
-    yield "loads in", ", ".join(outcome.loads_in)
-    yield from _peak_pairs(outcome.peaks, outcome.footprint)
-    yield "took", duration(outcome.seconds)
-    if outcome.report is not None:
-        from d2qconv.exporters.beside import page_of
-
-        yield "report", f"{outcome.report}, and {page_of(outcome.report).name} to look at"
-
-
-def _fold_pairs(folds: Sequence[FoldRecord]) -> Iterator[tuple[str, str]]:
-    """One line for all blocks in which a correction was carried in the same way, with the largest residual."""
-    alike: dict[tuple[str, str, str], list[FoldRecord]] = {}
-    for fold in folds:
-        alike.setdefault((fold.name, fold.carrier, fold.meaning), []).append(fold)
-    for (name, carrier, meaning), records in alike.items():
-        explained = [r.explained for r in records if r.explained is not None]
-        removes = f", removes up to {max(explained):.0%} of the error it is measured on" if explained else ""
-        worst = max(r.residual for r in records)
-        yield (
-            name.replace("_", " "),
-            f"{carrier}, {len(records)} blocks{removes}, residual ≤ {worst:.1e} ({meaning})",
-        )
-
-
-def _verdict(check: Check) -> str:
-    if check.is_skipped:
-        return "skipped"
-    return "ok" if check.is_passed else "FAILED"
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -16,8 +16,8 @@ from d2qconv.errors import PluginError
 from d2qconv.exporters.base import ExporterInfo
 from d2qconv.exporters.discover import Found
 from d2qconv.exporters.package import check_output
-from d2qconv.facts import evaluation_facts
 from d2qconv.package_options import Measure
+from d2qconv.views.facts import evaluation_facts
 
 if TYPE_CHECKING:
     from d2qconv.evaluation import Evaluation

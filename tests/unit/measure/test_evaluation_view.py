@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2qconv.evaluation_view import plus_minus
 from d2qconv.measure.statistics import Estimate
+from d2qconv.views.evaluation import plus_minus
 
 
 @pytest.mark.parametrize(

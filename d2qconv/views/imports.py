@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from d2qconv.facts import tensor_facts, written_facts
+from d2qconv.views.facts import tensor_facts, written_facts
 
 if TYPE_CHECKING:
     from d2qconv.importing import Imported, PlannedImport

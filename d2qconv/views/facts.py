@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from d2qconv import allocation_view
+from d2qconv.views import allocation
 
 if TYPE_CHECKING:
     from d2qconv.exporters.base import Check, TargetPlan
@@ -76,7 +76,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
         "warnings": target.warnings,
         "widths": target.widths,
         "memory": footprint_facts(planned.footprint),
-        "allocation": None if planned.allocation is None else allocation_view.facts(planned.allocation),
+        "allocation": None if planned.allocation is None else allocation.facts(planned.allocation),
         "last_pass": {
             "scope": planned.last_pass.scope,
             "steps": planned.last_pass.steps,
@@ -135,7 +135,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
         "n_tokens": outcome.n_tokens,
         "last_pass": outcome.last_pass,
         "kld_unrefined": outcome.kld_unrefined,
-        "allocation": None if outcome.allocation is None else allocation_view.facts(outcome.allocation),
+        "allocation": None if outcome.allocation is None else allocation.facts(outcome.allocation),
         "folds": [
             {
                 "name": f.name,

@@ -21,8 +21,9 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import PluginError, Refusal, refuse
+from d2qconv.errors import PluginError, Refusal, VerifyError, refuse
 from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
+from d2qconv.exporters.manifest import read_manifest
 from d2qconv.foreign.linear import ForeignLinear
 from d2qconv.foreign.read import Foreign, read_foreign
 from d2qconv.grids.base import Grid
@@ -246,14 +247,28 @@ def _cost_again(job: Job, desc: ModelDesc, tensor: TensorId) -> str:
 
 def _provenance(planned: PlannedImport, content: str) -> Provenance:
     checkpoint = planned.foreign.checkpoint
+    said = _recorded(checkpoint.path)
+    before = (
+        f"; it says of itself: {said['recipe']}, from {said['source']}"
+        if {"recipe", "source"} <= set(said)
+        else ""
+    )
     return Provenance(
         version=__version__,
         fingerprint=content,
         source=checkpoint.name,
-        source_license=checkpoint.license,
-        recipe=f"imported from {planned.foreign.dialect}: the values of its codes, not quantized again",
+        source_license=checkpoint.license or said.get("source_license", ""),
+        recipe=f"imported from {planned.foreign.dialect}: the values of its codes, not quantized again{before}",
         calibration="none",
         carriers={"mean_shift": "none", "column_scale": "none"},
         source_revision=checkpoint.revision,
         source_sha256=content,
     )
+
+
+def _recorded(folder: Path) -> Mapping[str, str]:
+    """What a package of ours records of its origin; empty for a checkpoint of another tool."""
+    try:
+        return read_manifest(folder).provenance
+    except VerifyError:
+        return {}

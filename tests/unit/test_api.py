@@ -84,6 +84,9 @@ def test_the_readmes_example(tmp_path, monkeypatch, capsys):
     assert scope["exported"].n_exact == 4 * 7
     assert not scope["exported"].rounded
     assert all(check.is_passed for check in scope["exported"].checks)
+    origin = d2qconv.inspect(scope["exported"].path)["provenance"]["d2qconv.recipe"]
+    assert "not quantized again" in origin
+    assert "nearest, from tiny-qwen3-5m" in origin
 
 
 def test_floats_are_not_exported_and_codes_not_planned(tmp_path):

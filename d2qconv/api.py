@@ -49,6 +49,7 @@ def plan(
     work_dir: _PathLike | None = None,
     overwrite: bool = False,
     requantize: bool = False,
+    report: bool = True,
     max_gpu_mem: str | None = None,
     max_host_mem: str | None = None,
 ) -> Planned:
@@ -57,8 +58,9 @@ def plan(
     model: folder of a Hugging Face checkpoint, or a hub id. output: the package. to: the exporter's name. options: of
     the exporter, its own dataclass (`GgufOptions`, for one), None for its defaults. recipe, calibration: None for
     the defaults. carrier: of the mean shift, None for the most exact. also: further packages of the same codes, path by
-    exporter. requantize: take a checkpoint that another tool has quantized, and quantize its values again. max_gpu_mem,
-    max_host_mem: sizes such as `24GiB`. Raises InputError, PlanError with every refusal, PluginError.
+    exporter. requantize: take a checkpoint that another tool has quantized, and quantize its values again. report:
+    write one beside the package, and measure for it where the divergence comes from. max_gpu_mem, max_host_mem: sizes
+    such as `24GiB`. Raises InputError, PlanError with every refusal, PluginError.
     """
     job = _job(model, output, to, options, also, revision, overwrite)
     return pipeline.plan(
@@ -72,6 +74,7 @@ def plan(
             max_gpu_mem=max_gpu_mem,
             max_host_mem=max_host_mem,
             requantize=requantize,
+            is_reported=report,
         )
     )
 

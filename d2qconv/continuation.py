@@ -1,8 +1,10 @@
 """Log probabilities of texts in a runtime: what multiple-choice tasks ask a model for.
 
-As EleutherAI's lm-evaluation-harness defines them (lm_eval/api/model.py `_encode_pair`, models/huggingface.py): a
-context and a continuation are tokenized together, white space at the context's end belongs to the continuation, and
-BOS stands first where the tokenizer puts it. What is longer than the window loses its beginning.
+As EleutherAI's lm-evaluation-harness defines them (lm_eval/api/model.py `_encode_pair`, models/huggingface.py,
+utils.py `get_rolling_token_windows`): a context and a continuation are tokenized together, white space at the context's
+end belongs to the continuation, and BOS stands first where the tokenizer puts it. A context that is too long for the
+window loses its beginning. Two things differ: where no BOS stands first the harness puts EOS there, here the first
+token of a text is not scored then; and letters that spell a special token are letters.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ class Continuations:
     def rolling(self, text: str) -> float:
         """Log probability in nats of a whole text, window by window: each token is scored once.
 
-        The first window begins with BOS; without one the first token is not scored. Every other window begins with the
-        last token of the one before it.
+        The first window begins with BOS; without one the first token is not scored. Windows are read whole: the last
+        one begins before the tokens that are left to be scored.
         """
-        tokens = [*self._start(), *self.runtime.encode(text)]
+        tokens = (*self._start(), *self.runtime.encode(text))
         total = 0.0
         for start in range(0, len(tokens) - 1, self.window):
-            piece = tuple(tokens[start : start + self.window + 1])
-            total += self._score(piece, len(piece) - 1)[0]
+            end = min(start + self.window, len(tokens) - 1)
+            total += self._score(tokens[: end + 1], end - start)[0]
         return total
 
     def _start(self) -> list[int]:
@@ -66,8 +68,13 @@ class Continuations:
 
     def _score(self, tokens: tuple[int, ...], n_after: int) -> tuple[float, bool]:
         """Of the last n_after tokens; those before are dropped from the front where the window is too short."""
+        if n_after > self.window:
+            raise InputError(
+                f"a continuation of {n_after} tokens does not fit into the window of {self.window}",
+                where="--tasks",
+                todo="give a longer --context, or leave the task out",
+            )
         tokens = tokens[-(self.window + 1) :]
-        n_after = min(n_after, len(tokens) - 1)
         log_p = self._log_p(tokens[:-1], n_after)
         wanted = np.array(tokens[-n_after:])
         found = log_p[np.arange(n_after), wanted]

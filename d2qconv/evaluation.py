@@ -23,9 +23,9 @@ from d2qconv.arch.bind import bind
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.sample import sample_sequences
 from d2qconv.calibrate.text import FolderTokenizer
-from d2qconv.calibrate.tokens import is_hub_name, read_stream
+from d2qconv.calibrate.tokens import check_vocabulary, is_hub_name, read_stream
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import InputError, PluginError, RunError
+from d2qconv.errors import InputError, PluginError, RunError, VerifyError
 from d2qconv.exporters.base import ExporterInfo
 from d2qconv.exporters.contents import contents
 from d2qconv.exporters.manifest import file_record
@@ -35,7 +35,7 @@ from d2qconv.foreign.read import read_foreign
 from d2qconv.gather import Source, read_weights
 from d2qconv.harness import WINDOW, TaskRun, check_installed, harness_version, run_tasks
 from d2qconv.measure.chunks import Chunks, check_context, cut
-from d2qconv.measure.metrics import Divergence, Likelihood, paired
+from d2qconv.measure.metrics import Divergence, Likelihood, paired, paired_log_ratio
 from d2qconv.measure.result import Evaluated, Judged, PackageFacts, SourceFacts, Tasked, TextFacts
 from d2qconv.measure.statistics import Estimate
 from d2qconv.measure.streamed import Streamed
@@ -98,6 +98,10 @@ def evaluate(asked: Evaluation, watch: Watch) -> Evaluated:
     """Measure it. Raises InputError, PluginError, VerifyError (a runtime refuses its package), RunError."""
     began, started = datetime.now(UTC), time.monotonic()
     opened = _open_source(asked)
+    records = [_record(target) for target in asked.targets]
+    for target, record in zip(asked.targets, records, strict=True):
+        # Before a runtime makes room for it.
+        check_context(asked.context, record.longest or asked.context, str(target.path))
     with ExitStack() as stack, _memory_as_run_error():
         runtimes = [stack.enter_context(_runtime(target, asked.context)) for target in asked.targets]
         _check_runtimes(asked, runtimes, opened)
@@ -108,8 +112,8 @@ def evaluate(asked: Evaluation, watch: Watch) -> Evaluated:
         else:
             scores = score_against(Streamed.of(opened.model, opened.device), runtimes, chunks, watch)
         judged = [
-            _judged(target, runtime, score)
-            for target, runtime, score in zip(asked.targets, runtimes, scores, strict=True)
+            _judged(_package_facts(target, record, runtime), score)
+            for target, record, runtime, score in zip(asked.targets, records, runtimes, scores, strict=True)
         ]
     return Evaluated(
         judged=judged[0],
@@ -117,6 +121,8 @@ def evaluate(asked: Evaluation, watch: Watch) -> Evaluated:
         source=source,
         baseline=judged[1] if len(judged) > 1 else None,
         difference=_difference(scores),
+        log_ratio=paired_log_ratio(*scores) if len(scores) == 2 else None,
+        warnings=[] if source is None else [*_strangers(source, judged)],
         version=__version__,
         torch=str(torch.__version__),
         began=began.isoformat(timespec="seconds"),
@@ -131,10 +137,12 @@ def evaluate_tasks(target: Target, asked: TaskRun, watch: Watch, *, window: int 
     """
     began, started = datetime.now(UTC), time.monotonic()
     check_installed()
+    record = _record(target)
     window = WINDOW if window is None else window
+    window = min(window, record.longest or window)
     with _memory_as_run_error(), _runtime(target, window) as runtime:
         scores = run_tasks(asked, runtime, window, watch)
-        package = _package_facts(target, runtime)
+        package = _package_facts(target, record, runtime)
         window = min(window, runtime.max_length)
     return Tasked(
         package=package,
@@ -176,6 +184,26 @@ def _open_source(asked: Evaluation) -> _Opened | None:
     model = bind(checkpoint)
     check_context(asked.context, model.max_positions, "the source")
     return _Opened(checkpoint, model, choose_device(asked.device))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a package's own metadata say. longest: sequence that it takes, in tokens; 0 and '' if they do not say it."""
+
+    longest: int
+    source_sha256: str
+
+
+def _record(target: Target) -> _Record:
+    exporter = target.exporter.load(target.exporter.default_options())
+    try:
+        facts = exporter.inspect(target.path)
+    except VerifyError:
+        # Its runtime may take it all the same, or says why not.
+        return _Record(0, "")
+    longest, said = facts.get("context_length"), dict(facts.get("provenance", {}))
+    digest = said.get("source_sha256") or said.get("d2qconv.source_sha256") or ""
+    return _Record(longest if isinstance(longest, int) else 0, str(digest))
 
 
 def _runtime(target: Target, length: int) -> LoadedPackage:
@@ -228,11 +256,7 @@ def _chunks(
         stream = read_stream(asked.text, lambda: tokenizer.encode, most=most)
         chunks = cut(stream, context, n_chunks=n_chunks, bos=bos, where=asked.text)
         sha256 = file_record(path).sha256 if path.is_file() else ""
-    outside = int(chunks.tokens.max()) if len(chunks.tokens) else 0
-    if outside >= runtime.n_vocab or int(chunks.tokens.min()) < 0:
-        raise InputError(
-            f"token {outside} is outside the vocabulary of {runtime.n_vocab:,}", where=asked.text or "self"
-        )
+    check_vocabulary(chunks.tokens, runtime.n_vocab, asked.text or "self")
     facts = TextFacts(
         name="self" if asked.text is None else _public_name(asked.text),
         sha256=sha256,
@@ -278,22 +302,32 @@ def _source_facts(opened: _Opened, watch: Watch) -> SourceFacts:
 # ---- what was found ----
 
 
-def _judged(target: Target, runtime: LoadedPackage, score: Divergence | Likelihood) -> Judged:
-    divergence = None if isinstance(score, Likelihood) else score.statistics()
-    return Judged(_package_facts(target, runtime), score.perplexity, divergence)
+def _judged(package: PackageFacts, score: Divergence | Likelihood) -> Judged:
+    return Judged(package, score.perplexity, None if isinstance(score, Likelihood) else score.statistics())
 
 
-def _package_facts(target: Target, runtime: LoadedPackage) -> PackageFacts:
+def _package_facts(target: Target, record: _Record, runtime: LoadedPackage) -> PackageFacts:
     found = contents(target.path)
     return PackageFacts(
-        name=target.path.name,
+        name=target.path.resolve().name if target.path.name in ("", "..") else target.path.name,
         format=target.exporter.name,
         n_bytes=found.n_bytes,
         sha256=found.sha256,
         runtime=runtime.name,
         runtime_version=runtime.version,
         runtime_settings=runtime.settings,
+        source_sha256=record.source_sha256,
     )
+
+
+def _strangers(source: SourceFacts, judged: Sequence[Judged]) -> Iterator[str]:
+    """A package that was not made from this source, by its own word."""
+    for one in judged:
+        if one.package.source_sha256 not in ("", source.digest):
+            yield (
+                f"{one.package.name} says that it was made from another model than {source.name}: its divergence is "
+                "not what quantization did"
+            )
 
 
 def _difference(scores: Sequence[Divergence | Likelihood]) -> Estimate | None:

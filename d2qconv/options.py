@@ -34,7 +34,7 @@ class Output:
     """With --dry-run: list every tensor instead of a summary by role."""
     report: bool = True
     """Write OUTPUT.report.json, and OUTPUT.report.html to look at: what the package is, where its errors come from,
-    and everything needed to make it again."""
+    and everything needed to make it again. Of a checkpoint that stays quantized as it is there is none."""
 
 
 @group("Calibration", 3)

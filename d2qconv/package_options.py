@@ -46,6 +46,20 @@ class Measure:
     overwrite: Flag = False
     """Replace that file if it exists."""
 
+    def check(self) -> None:
+        """Raise InputError for options that would do nothing."""
+        is_measured = self.tasks is None or self.source is not None or self.text is not None
+        groups = (
+            (("limit", "shots", "task_folder"), self.tasks is not None, "without --tasks", "add --tasks"),
+            (("chunks", "baseline"), is_measured, "for tasks alone", "add --text or --source"),
+            (("device", "revision"), self.source is not None, "without --source", "add --source"),
+            (("seed",), self.text is None, "with --text, of which nothing is drawn", "leave it out"),
+        )
+        for names, is_used, when, todo in groups:
+            for name in () if is_used else names:
+                if getattr(self, name) not in (None, 0):
+                    raise InputError(f"does nothing {when}", where=f"--{name.replace('_', '-')}", todo=todo)
+
 
 @group("Deep", 2)
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class FolderTokenizer:
 
     @cached_property
     def encode(self) -> Callable[[str], list[int]]:
-        """Text → tokens, none put around it; raises InputError if the folder has no tokenizer."""
-        return encoder(self.checkpoint)
+        """Text → tokens, none put around it nor read out of its letters; InputError if the folder has no tokenizer."""
+        return encoder(self.checkpoint, is_plain=True)
 
 
 class Tokenized:

@@ -77,10 +77,7 @@ def load_tokens(
         # A text is read only as far as it may be needed.
         stream = read_stream(spec.source, lambda: encoder(checkpoint), most=4 * wanted * spec.length)
         rows = _cut(stream, spec, wanted, bos_token(checkpoint, model))
-    if int(rows.max()) >= model.dims.vocab or int(rows.min()) < 0:
-        raise InputError(
-            f"token {int(rows.max())} is outside the vocabulary of {model.dims.vocab}", where=spec.source
-        )
+    check_vocabulary(rows, model.dims.vocab, spec.source)
     warnings: tuple[str, ...] = ()
     if len(rows) < wanted:
         n_held_out = max(len(rows) // (HELD_OUT_SHARE + 1), 1)
@@ -123,6 +120,13 @@ def check_spec(spec: CalibrationSpec, model: ModelDesc) -> None:
             "no such file, and not the name of a hub data set (org/name[:split])",
             where=f"--calibration {spec.source}",
         )
+
+
+def check_vocabulary(tokens: Tensor, n_vocab: int, where: str) -> None:
+    """Raise InputError for i64 tokens that a model of n_vocab ones does not have."""
+    strange = tokens[(tokens < 0) | (tokens >= n_vocab)]
+    if len(strange):
+        raise InputError(f"token {int(strange[0])} is outside the vocabulary of {n_vocab:,}", where=where)
 
 
 def bos_token(checkpoint: Checkpoint, model: ModelDesc) -> int | None:
@@ -301,11 +305,16 @@ def _hub_texts(source: str) -> Iterator[str]:
         raise InputError(f"the data set cannot be read: {error}", where=source) from error
 
 
-def encoder(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
-    """Text → token ids without special tokens, by the checkpoint's own tokenizer; raises InputError."""
+def encoder(checkpoint: Checkpoint, *, is_plain: bool = False) -> Callable[[str], list[int]]:
+    """Text → token ids, none put around it, by the checkpoint's own tokenizer; raises InputError.
+
+    is_plain: letters that spell a special token (`<|im_end|>`) are letters, as llama.cpp's `parse_special` = false has
+    them; otherwise they are that token, as in a chat that is used for calibration. SentencePiece has letters always.
+    """
     path = checkpoint.file("tokenizer.json")
     if path is not None:
         tokenizer = _tokenizer(path)
+        tokenizer.encode_special_tokens = is_plain
         return _guarded(path, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
     path = checkpoint.file("tokenizer.model")
     if path is not None:

@@ -37,6 +37,7 @@ def add(app: App, found: Collection[Found], console: Console) -> None:
         measure: Annotated[Measure, Parameter(name="*")] = ALL,
         report: ReportOptions = TALK,
     ) -> None:
+        measure.check()
         info = exporter_of(file, format_name, found)
         other = measure.baseline
         baseline = None if other is None else (other, exporter_of(other, "", found))

@@ -110,15 +110,22 @@ def _runtimes(info: ExporterInfo, requires: Mapping[str, str]) -> tuple[dict[str
     pips = {name: runtime.pip for runtime in info.runtimes for name in runtime.distributions}
     findings = []
     for name in sorted(names):
-        finding = _requirement(name, requires.get(name, ""), seen, pips.get(name, f"pip install {name}"))
+        finding = _requirement(name, requires.get(name), seen, pips.get(name, f"pip install {name}"))
         findings += [] if finding is None else [finding]
     return states, findings
 
 
-def _requirement(name: str, least: str, seen: Mapping[str, Seen], pip: str) -> Finding | None:
-    """Why a library that the package needs would not load it here."""
+def _requirement(name: str, least: str | None, seen: Mapping[str, Seen], pip: str) -> Finding | None:
+    """Why a library would not load the package here. least: the version that the package asks for, None if it does not.
+
+    What it does not ask for, such as our own binding of llama.cpp, is worth having: other builds load it too.
+    """
     about = seen.get(module_of(name), Seen())
     here = installed(name) or about.version
+    if not here and least is None:
+        return Finding(
+            name, "not installed here; verify and evaluate run packages of this format in it", None, pip
+        )
     if not here:
         since = f" {least} or newer" if least else ""
         return Finding(name, f"not installed here; the package needs it{since}", PluginError, pip)
@@ -126,7 +133,7 @@ def _requirement(name: str, least: str, seen: Mapping[str, Seen], pip: str) -> F
         return Finding(
             name, f"{here} is broken: {about.error}", PluginError, f"pip install --force-reinstall {name}"
         )
-    if is_older(here, least):
+    if least is not None and is_older(here, least):
         todo = f"pip install --upgrade {name}"
         return Finding(name, f"{here} is older than {least}, which the package needs", PluginError, todo)
     return None

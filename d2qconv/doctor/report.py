@@ -36,8 +36,9 @@ def diagnose(what: str | None, found: Collection[Found], *, format_name: str = "
     diagnosis = model_diagnosis(what, found)
     if not (diagnosis.wrong and path.is_dir()):
         return diagnosis
-    detail = f"there is none ({MANIFEST}), so the folder was taken for a model; every folder that d2qconv wrote has one"
-    return replace(diagnosis, findings=(*diagnosis.findings, Finding("manifest", detail)))
+    detail = f"there is none ({MANIFEST}), so the folder was taken for a model"
+    todo = f"if it is a package, copy or download it again: every folder that d2qconv wrote has {MANIFEST}"
+    return replace(diagnosis, findings=(*diagnosis.findings, Finding("manifest", detail, None, todo)))
 
 
 def machine_diagnosis(found: Collection[Found]) -> Diagnosis:

@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
         """The token that is put before every text; None if none is."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Tokens of a text, none put around it; raises InputError."""
+        """Tokens of a text, none put around it, no special token read out of its letters; raises InputError."""
 
 
 class LoadedPackage(Tokenizer, Protocol):

@@ -120,3 +120,8 @@ def paired(model: Divergence, other: Divergence) -> Estimate:
     The errors of the two means are alike, since the text is the same; that of the difference is much smaller.
     """
     return mean(torch.cat(model.kl) - torch.cat(other.kl))
+
+
+def paired_log_ratio(model: Divergence | Likelihood, other: Divergence | Likelihood) -> Estimate:
+    """ln(perplexity of `model` / perplexity of `other`) at the same tokens, with the error of paired values."""
+    return mean(torch.cat(other.log_q) - torch.cat(model.log_q))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from d2qconv.measure.statistics import DivergenceStatistics, Estimate
@@ -40,7 +40,11 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class PackageFacts:
-    """A package and what it ran in. sha256: see `d2qconv.exporters.contents`."""
+    """A package and what it ran in.
+
+    sha256: see `d2qconv.exporters.contents`. source_sha256: of the model that it was made from, by its own metadata, ''
+    if they do not say it.
+    """
 
     name: str
     format: str
@@ -49,6 +53,7 @@ class PackageFacts:
     runtime: str
     runtime_version: str
     runtime_settings: str
+    source_sha256: str
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,10 @@ class Judged:
 class Evaluated:
     """All of it.
 
-    difference: mean KL divergence of the package less that of the baseline, with the error of paired values. torch: its
-    version. seconds: of the whole. began: UTC, ISO 8601.
+    difference: mean KL divergence of the package less that of the baseline, with the error of paired values; None
+    without both a source and a baseline. log_ratio: ln(perplexity of the package / of the baseline), likewise; None
+    without a baseline. warnings: what makes the numbers say something else than one may think. torch: its version.
+    seconds: of the whole. began: UTC, ISO 8601.
     """
 
     judged: Judged
@@ -73,6 +80,8 @@ class Evaluated:
     source: SourceFacts | None
     baseline: Judged | None
     difference: Estimate | None
+    log_ratio: Estimate | None
+    warnings: Sequence[str]
     version: str
     torch: str
     began: str

@@ -29,6 +29,10 @@ def pairs(found: Evaluated) -> Iterator[tuple[str, str]]:
             "difference",
             f"{plus_minus(found.difference)} nats per token to the baseline; negative is nearer to the source",
         )
+    if found.log_ratio is not None:
+        yield "perplexities", f"logarithm of the ratio to the baseline's {plus_minus(found.log_ratio)}"
+    for warning in found.warnings:
+        yield "warning", warning
 
 
 def task_rows(tasked: Tasked) -> Iterator[Sequence[str]]:

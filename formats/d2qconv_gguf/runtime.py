@@ -19,6 +19,8 @@ from d2qconv.errors import PluginError, VerifyError
 from d2qconv.threads import n_cores
 
 _F32 = 0
+#: Tokens that llama.cpp computes at once, its own default.
+_STEP = 512
 
 
 def is_installed() -> bool:
@@ -137,7 +139,9 @@ class LlamaCpp:
 
     def _context_params(self, n_threads: int) -> Any:
         params = self._api.LlamaContextParams()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.n_context
+        params.n_ctx = params.n_batch = self.n_context
+        # What attention keeps at a time grows with both: tokens of a step times the context.
+        params.n_ubatch = min(self.n_context, _STEP)
         params.n_threads = params.n_threads_batch = n_threads or n_cores()
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0

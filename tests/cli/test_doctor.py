@@ -158,6 +158,13 @@ def test_a_folder_without_its_manifest(d2q, tmp_path):
     assert "has no manifest" in d2q("doctor", path, "--format", "safetensors").out
 
 
+def test_a_folder_that_is_neither_model_nor_package(d2q, tmp_path):
+    said = d2q("doctor", tmp_path).out
+    (line,) = (line for line in said.splitlines() if "taken for a model" in line)
+    assert line.startswith("note")
+    assert "copy or download it again" in said
+
+
 def test_a_manifest_that_is_none(d2q, tmp_path):
     path = onnx(tmp_path)
     (path / MANIFEST).write_text("{}")
@@ -171,6 +178,16 @@ def test_libraries_that_are_too_old_or_not_there(d2q, tmp_path, runtimes, monkey
     found = wrong(d2q, path, 7)
     assert "1.20.1 is older than 1.23" in found["onnxruntime"]
     assert "not installed here" in found["onnxruntime-genai"]
+
+
+def test_a_gguf_needs_no_binding_of_ours(d2q, tmp_path, runtimes, monkeypatch):
+    path = gguf(tmp_path)
+    monkeypatch.setattr(package_module, "installed", lambda _name: "")
+    runtimes["cyllama"] = Seen()
+    result = d2q("doctor", path)
+    assert result.code == 0
+    (line,) = (line for line in result.out.splitlines() if "cyllama: not installed here" in line)
+    assert line.startswith("note")
 
 
 def test_a_later_need_of_the_manifest(d2q, tmp_path):

@@ -29,7 +29,9 @@ def package(tmp_path):
     exporter = GgufExporter(GgufOptions(type="f32", embedding="f32", head="f32"))
     plan = exporter.plan(bind(checkpoint), None)
     exporter.write(quantized(bind(checkpoint), plan), checkpoint, plan, tmp_path / "p.gguf", silent)
-    (tmp_path / "t.txt").write_text("The little dog ran over the green hill, and nobody knew why. " * 20)
+    (tmp_path / "t.txt").write_text(
+        "The little dog ran over the green hill, and nobody knew why.<|endoftext|>" * 20
+    )
     return tmp_path / "p.gguf", folder, tmp_path / "t.txt"
 
 
@@ -51,6 +53,7 @@ def test_a_file_of_the_sources_floats_is_the_source(d2q, package, tmp_path):
 
 
 def test_a_file_alone(d2q, package):
+    """The same tokens by llama.cpp's tokenizer and the source's, also of letters that spell a special token."""
     file, folder, text = package
     alone = d2q("evaluate", file, "--text", text, "--context", 32, "--chunks", 3)
     assert alone.code == 0
@@ -66,3 +69,19 @@ def test_nothing_to_read_is_a_usage_error(d2q, package):
     result = d2q("evaluate", package[0], "--json")
     assert result.code == 2
     assert "give a text with --text" in result.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("--text", "t.txt", "--limit", 3), "--limit: does nothing without --tasks"),
+        (("--text", "t.txt", "--task-folder", "f"), "--task-folder: does nothing without --tasks"),
+        (("--tasks", "arc_easy", "--baseline", "b.gguf"), "--baseline: does nothing for tasks alone"),
+        (("--text", "t.txt", "--device", "cpu"), "--device: does nothing without --source"),
+        (("--text", "t.txt", "--seed", 3), "--seed: does nothing with --text"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_a_usage_error(d2q, package, words, where):
+    result = d2q("evaluate", package[0], *words)
+    assert result.code == 2
+    assert where in result.err

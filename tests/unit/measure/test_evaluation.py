@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from d2qconv import evaluation, scoring
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.errors import InputError, PluginError, RunError
+from d2qconv.errors import InputError, PluginError, RunError, VerifyError
 from d2qconv.evaluation import Evaluation, Target
 from d2qconv.exporters.base import ExporterInfo
 from d2qconv.measure.metrics import Divergence, paired
@@ -57,22 +58,31 @@ class FakeRuntime:
         CLOSED.append(self.path.name)
 
 
+LOADED: list[str] = []
 CLOSED: list[str] = []
 
 
 class FakeExporter:
     model = None
+    source = "s"
 
     def __init__(self, options):
         pass
 
+    def inspect(self, path):
+        return {"context_length": 32, "provenance": {"d2qconv.source_sha256": self.source}}
+
     def runtime(self, path, length):
+        LOADED.append(path.name)
         return FakeRuntime(path, self.model)
 
 
 class Mute:
     def __init__(self, options):
         pass
+
+    def inspect(self, path):
+        raise VerifyError("says nothing")
 
 
 def info(target="FakeExporter"):
@@ -161,6 +171,10 @@ def test_a_baseline_is_measured_at_the_same_tokens(asked, model, tmp_path):
     assert got.difference.value == pytest.approx(paired(good, bad).value, rel=1e-5)
     assert got.difference.error == pytest.approx(paired(good, bad).error, rel=1e-4)
     assert got.difference.value < -5 * got.difference.error
+    assert got.log_ratio is not None
+    assert got.log_ratio.value == pytest.approx(
+        math.log(good.perplexity.value / bad.perplexity.value), rel=1e-4
+    )
     assert CLOSED[-2:] == ["o.fake", "p.fake"]
 
 
@@ -172,7 +186,18 @@ def test_without_a_source_only_the_perplexity(asked, tmp_path, model):
     assert got.judged.divergence is None
     tokens = torch.tensor([ord(letter) % model.dims.vocab for letter in text.read_text()])[:48].view(3, 16)
     assert got.text.n_chunks == 3
-    assert got.judged.perplexity.value == pytest.approx(wanted(model, tokens, 0.9).perplexity.value, rel=1e-6)
+    good = wanted(model, tokens, 0.9)
+    assert got.judged.perplexity.value == pytest.approx(good.perplexity.value, rel=1e-6)
+    assert (got.difference, got.log_ratio) == (None, None)
+    other = tmp_path / "o.fake"
+    other.write_text("bad")
+    two = replace(asked, source=None, text=str(text), n_chunks=None, baseline=Target(other, info()))
+    got = evaluation.evaluate(two, Unwatched())
+    bad = wanted(model, tokens, 0.5)
+    ratio = torch.cat(bad.log_q) - torch.cat(good.log_q)
+    assert got.difference is None
+    assert got.log_ratio.value == pytest.approx(float(ratio.mean()), rel=1e-4)
+    assert got.log_ratio.error == pytest.approx(float(ratio.std() / len(ratio) ** 0.5), rel=1e-4)
 
 
 def test_without_a_text_the_source_is_sampled(asked):
@@ -213,8 +238,22 @@ def test_the_sources_tokenizer_cuts_the_text(asked, tmp_path, folder):
     ],
 )
 def test_what_is_refused(asked, changes, kind, said):
+    LOADED.clear()
     with pytest.raises(kind, match=said):
         evaluation.evaluate(replace(asked, **changes), Unwatched())
+    if "context" in changes:
+        # A runtime would have made room for it.
+        assert not LOADED
+
+
+def test_a_package_of_other_weights_is_told(asked, model, folder, monkeypatch):
+    got = evaluation.evaluate(asked, Unwatched())
+    assert got.judged.package.source_sha256 == "s"
+    assert len(got.warnings) == 1
+    assert "p.fake says that it was made from another model than m" in got.warnings[0]
+    digest = content_digest(open_checkpoint(str(folder)).config, model.tensors, lambda *_: None)
+    monkeypatch.setattr(FakeExporter, "source", digest)
+    assert not evaluation.evaluate(asked, Unwatched()).warnings
 
 
 def test_a_package_of_another_model_is_refused(asked, tmp_path):

@@ -86,7 +86,8 @@ def test_a_whole_text_is_scored_window_by_window():
     tokens = [1, *map(ord, "abcdefg")]
     whole = Continuations(Letters(bos=1), 64).rolling("abcdefg")
     assert whole == pytest.approx(log_p(tokens, 7), rel=1e-5)
-    parts = log_p(tokens[:4], 3) + log_p(tokens[3:7], 3) + log_p(tokens[6:], 1)
+    # lm_eval/utils.py get_rolling_token_windows: what is left at the end is scored behind as much as the window takes.
+    parts = log_p(tokens[:4], 3) + log_p(tokens[3:7], 3) + log_p(tokens[4:], 1)
     assert Continuations(Letters(bos=1), 3).rolling("abcdefg") == pytest.approx(parts, rel=1e-5)
     without = Continuations(Letters(), 64).rolling("abcdefg")
     assert without == pytest.approx(log_p(tokens[1:], 6), rel=1e-5)
@@ -102,10 +103,13 @@ def test_choices_of_one_token_cost_one_run():
     assert runtime.n_calls == 2
 
 
-@pytest.mark.parametrize(("context", "continuation"), [("", "ab"), ("ab", "")])
-def test_what_cannot_be_scored(context, continuation):
-    with pytest.raises(InputError):
-        Continuations(Letters(), 64).of(context, continuation)
+@pytest.mark.parametrize(
+    ("context", "continuation", "why"),
+    [("", "ab", "no probability"), ("ab", "", "without a token"), ("a", "bcdefghi", "window of 7")],
+)
+def test_what_cannot_be_scored(context, continuation, why):
+    with pytest.raises(InputError, match=why):
+        Continuations(Letters(), 7).of(context, continuation)
 
 
 # ---- the harness ----

@@ -267,7 +267,36 @@ def together(bench: Bench, _n: int) -> dict[str, int]:
             )
         figures["both ended" if codes[-1] == 0 else "one refused"] += 1
         bench.require_wanted(job, folder, "two runs at once")
+    for number in range(2 * len(JOBS)):
+        pair = (JOBS[number % len(JOBS)], JOBS[(number + 1) % len(JOBS)])
+        figures["pairs"] += 1
+        figures["both ended" if _share_work(bench, pair) else "one refused"] += 1
     return figures
+
+
+def _share_work(bench: Bench, pair: tuple[Job, Job]) -> bool:
+    """Two commands at once with one work directory; whoever is refused ends when it is alone. True if both ended."""
+    for job in pair:
+        bench.wanted(job)
+    work = bench.folder()
+    commands = [bench.command(job, more=("--work-dir", str(work))) for job in pair]
+    folders = [bench.folder(), bench.folder()]
+    first = Run(commands[0], folders[0])
+    time.sleep(bench.random.random() * 0.8 * bench.seconds[pair[0].name])
+    second = Run(commands[1], folders[1])
+    ends = [first.end(), second.end()]
+    for job, command, folder, end in zip(pair, commands, folders, ends, strict=True):
+        bench.require_ours(job, end, "a shared work directory")
+        if end.code:
+            again = Run(command, folder).end()
+            if again.code:
+                bench.fault(
+                    f"{job.name} alone after a shared work directory: {again.code}: {again.said[-300:]}"
+                )
+        bench.require_wanted(job, folder, "a shared work directory")
+    if all(end.code for end in ends):
+        bench.fault(f"{pair[0].name}, {pair[1].name}: a shared work directory stopped both")
+    return not any(end.code for end in ends)
 
 
 def clock(bench: Bench, _n: int) -> dict[str, int]:

@@ -64,13 +64,17 @@ def calibration_tokens(
 def _leaders(
     source: Source, spec: CalibrationSpec, n_own: int, content: str, watch: Watch
 ) -> CalibrationTokens:
-    """Sampled tokens are kept in the work directory, since drawing them again takes long."""
-    is_kept = spec.source == "self" or n_own > 0
-    key = f"{content} {spec} {n_own} {source.device.type} torch {torch.__version__}"
+    """What is sampled is kept in the work directory, since drawing it again takes long; a text is read again.
+
+    So what is kept depends on the model, on `spec`, and of the tokenizer on the token that begins a text, alone.
+    """
+    is_sampled = spec.source == "self"
+    bos = bos_token(source.checkpoint, source.model)
+    key = f"{content} {spec} {n_own} {source.device.type} torch {torch.__version__} begins with {bos}"
     watch.stage("calibrate", spec.length)
-    found = read_tokens(source.folder, key) if is_kept else None
-    if found is not None:
-        tokens = _kept(found, spec)
+    kept = read_tokens(source.folder, key) if is_sampled or n_own else None
+    if kept is not None and is_sampled:
+        tokens = _kept(kept, spec)
     else:
         tokens = load_tokens(
             spec,
@@ -80,21 +84,24 @@ def _leaders(
             on_step=lambda done: watch.step(done, f"sampling from {source.checkpoint.name}"),
         )
         if n_own:
-            tokens = replace(tokens, own=_sampled(source, spec, n_own, watch))
-        if is_kept:
-            write_tokens(source.folder, key, _arrays(tokens))
+            own = _sampled(source, spec, n_own, bos, watch) if kept is None else kept["own"]
+            tokens = replace(tokens, own=own)
+        if kept is None and (is_sampled or n_own):
+            write_tokens(
+                source.folder, key, {k: v for k, v in _arrays(tokens).items() if is_sampled or k == "own"}
+            )
     watch.step(spec.length, tokens.description)
     for warning in tokens.warnings:
         watch.note(warning)
     return tokens
 
 
-def _sampled(source: Source, spec: CalibrationSpec, n_own: int, watch: Watch) -> Tensor:
+def _sampled(source: Source, spec: CalibrationSpec, n_own: int, bos: int | None, watch: Watch) -> Tensor:
     return sample_sequences(
         source.model,
         n_own,
         spec.length,
-        bos=bos_token(source.checkpoint, source.model),
+        bos=bos,
         seed=(spec.seed + OWN_SEED) % (1 << 63),
         device=source.device,
         on_token=lambda done: watch.step(done, f"sampling {n_own} sequences for the last pass"),

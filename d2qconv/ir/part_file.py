@@ -15,6 +15,8 @@ import msgspec
 import torch
 from torch import Tensor
 
+from d2qconv.ir.workdir import open_new
+
 #: The format's names of the dtypes that codes, params and float tensors have.
 _DTYPES = {
     torch.uint8: "U8",
@@ -38,7 +40,7 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     sha = hashlib.sha256()
     try:
-        with path.open("wb") as file:
+        with open_new(path) as file:
             head = _header(ordered)
             file.write(head)
             sha.update(head)

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -174,9 +175,9 @@ def is_own(path: Path) -> bool:
 
     `lock` is ours if empty, `measured.json` if it has our mark, `tokens.safetensors` if it has it or cannot be parsed.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return path.name in OWN
-    if not path.is_file():
+    if not is_regular(path):
         return False
     kinds = {
         LOCK: lambda: path.stat().st_size == 0,
@@ -305,10 +306,16 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_synced(path: Path, data: bytes) -> None:
     """Write and sync a file; if that fails, it does not stay and fill the disk."""
     try:
-        with path.open("wb") as file:
+        with open_new(path) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A new file of this name to write into; what was there, such as a link that leads elsewhere, is removed unread."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from d2qconv.errors import RunError
 from d2qconv.ir.coded import Coded
 from d2qconv.ir.store import VERSION, Store
-from d2qconv.ir.workdir import read_tokens, write_tokens
+from d2qconv.ir.workdir import read_measured, read_tokens, write_measured, write_tokens
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.quant.sweep import round_to_nearest
 from d2qconv_gguf.grids import GRIDS
@@ -442,3 +442,20 @@ def test_row_operations_are_exact():
     coded = round_to_nearest(w, torch.ones(512), GRIDS["q4_k"])
     index = torch.tensor([5, 0, 5, 7])
     assert torch.equal(coded.take_rows(index).decode(), coded.decode()[index])
+
+
+@pytest.mark.parametrize("name", ["tokens.safetensors", "measured.json"])
+def test_a_link_where_a_file_is_written_first_is_not_followed(tmp_path, name):
+    work, victim = tmp_path / "w", tmp_path / "victim"
+    victim.write_text("mine")
+    # With a manifest: the folder is ours.
+    filled(work)
+    (work / f"{name}.part").symlink_to(victim)
+    if name == "measured.json":
+        write_measured(work, "key", b"[1]")
+        assert read_measured(work, "key") == b"[1]"
+    else:
+        write_tokens(work, "key", {"own": torch.zeros(2, 2)})
+        assert read_tokens(work, "key").keys() == {"own"}
+    assert victim.read_text() == "mine"
+    assert not (work / name).is_symlink()

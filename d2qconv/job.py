@@ -43,8 +43,9 @@ class Job:
 
     carrier: None for the most exact that the target has. device: None for the first GPU, or the CPU.
     work_dir: None for `<output>.work`. max_gpu_mem, max_host_mem: sizes such as `24GiB`; None for a share of what is
-    free, see `d2qconv.budget`. They choose where activations lie, and no bit of the result. also: further packages.
-    requantize: quantize a checkpoint again that another tool has quantized.
+    free, see `d2qconv.budget`. They choose where activations lie, and, where the recipe leaves that open, what a last
+    pass goes over; no other bit of the result. also: further packages. requantize: quantize a checkpoint again that
+    another tool has quantized.
     is_reported: measure where the divergence comes from, and write the report beside the package. command: the words
     that ask for this job, for the report.
     """

@@ -5,19 +5,22 @@ Everything that can be refused is refused in `plan`, before any weight is read.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import msgspec
 import torch
 
 from d2qconv import __version__
 from d2qconv.allocate.allocation import Measurement, activation_bytes, refusals
 from d2qconv.allocate.allocation import allocate as choose_types
 from d2qconv.arch.bind import bind
-from d2qconv.budget import PeakMeter, Peaks, choose_budget, host_limit, limit_allocator
+from d2qconv.arch.spec import ModelDesc
+from d2qconv.budget import PeakMeter, Peaks, choose_budget, gibibytes, host_limit, limit_allocator
 from d2qconv.calibrate.tokens import (
     HELD_OUT_SHARE,
     CalibrationTokens,
@@ -31,6 +34,7 @@ from d2qconv.exporters.base import (
     FloatType,
     Padder,
     PaddingChoice,
+    TargetPlan,
 )
 from d2qconv.exporters.beside import check_report
 from d2qconv.fold.padding import padded
@@ -41,17 +45,18 @@ from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.ir.recoded import recoded
 from d2qconv.ir.store import Store
+from d2qconv.ir.workdir import read_begun
 from d2qconv.job import Job, Planned, check_places
 from d2qconv.outcome import AlsoWritten, Outcome, outcome_of, provenance
 from d2qconv.packaging import check_place, grids_of, plan_also, write_package
 from d2qconv.progress import Stages, Unwatched, Watch
 from d2qconv.report.collect import RunFacts
 from d2qconv.report.write import write_report
-from d2qconv.run import CalibrationSpec, RunSpec, check_recipe
+from d2qconv.run import CalibrationSpec, Recipe, RunSpec, check_recipe
 from d2qconv.team import Team
 from d2qconv.walk.activations import Placement
-from d2qconv.walk.last_pass import choose_last_pass, own_sequences
-from d2qconv.walk.memory import choose_place, predict
+from d2qconv.walk.last_pass import LastPass, choose_last_pass, own_sequences
+from d2qconv.walk.memory import Footprint, choose_place, predict
 from d2qconv.walk.model import Walk
 from d2qconv.walk.refusals import fold_refusals
 from d2qconv.walk.rounding import Rounder
@@ -90,9 +95,7 @@ def plan(job: Job, opened: Checkpoint | None = None) -> Planned:
     seen = replace(job.calibration, sequences=n_all)
     n_held = n_held_out(job.calibration)
     footprint = predict(desc, seen, n_held, job.recipe, budget, device, is_attributed=job.is_reported)
-    last_pass = choose_last_pass(
-        job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
-    )
+    last_pass = _last_pass(job, checkpoint, desc, target, footprint, device)
     if last_pass.steps:
         footprint = predict(
             desc, seen, n_held, job.recipe, budget, device, last_pass, is_attributed=job.is_reported
@@ -117,6 +120,36 @@ def plan(job: Job, opened: Checkpoint | None = None) -> Planned:
     return Planned(
         job, checkpoint, bound, desc, target, exporter, device, footprint, last_pass, candidates, also=also
     )
+
+
+def _last_pass(
+    job: Job,
+    checkpoint: Checkpoint,
+    desc: ModelDesc,
+    target: TargetPlan,
+    footprint: Footprint,
+    device: torch.device,
+) -> LastPass:
+    """That of an interrupted run of this job, or what there is room for; raises PlanError if the first has none now."""
+    free = footprint.free_for_last_pass
+    asked, _, begun = read_begun(job.work_folder).partition(" ")
+    begun = begun if asked == _asked(job, checkpoint, desc, target, device) else ""
+    chosen = choose_last_pass(job.recipe, desc, target, job.calibration, free, device, begun)
+    if begun and chosen.n_bytes > free:
+        why = f"the run in {job.work_folder} began with one over the whole model, which takes about "
+        why += f"{gibibytes(chosen.n_bytes)} where {gibibytes(free)} are left now"
+        todo = "free some memory, or begin again with --refine-scope block"
+        refuse([Refusal("last pass", why, todo)])
+    return chosen
+
+
+def _asked(
+    job: Job, checkpoint: Checkpoint, desc: ModelDesc, target: TargetPlan, device: torch.device
+) -> str:
+    """What an interrupted run of this job is known by, before weights, tokens and measured types are."""
+    config = hashlib.sha256(msgspec.json.encode(checkpoint.config, order="sorted")).hexdigest()
+    spec = _spec(job, desc, target, device, model=config, recipe=job.recipe)
+    return replace(spec, storage={"options": repr(job.options)}).fingerprint()
 
 
 def _floats(checkpoint: Checkpoint, job: Job) -> Checkpoint:
@@ -180,9 +213,7 @@ def _allocated(planned: Planned, tokens: CalibrationTokens, team: Team, watch: W
         target, warnings=(*target.warnings, *planned.exporter.check_source(planned.checkpoint).warnings)
     )
     refuse(target.refusals)
-    last_pass = choose_last_pass(
-        job.recipe, desc, target, job.calibration, footprint.free_for_last_pass, device
-    )
+    last_pass = _last_pass(job, planned.checkpoint, desc, target, footprint, device)
     # The sequences of the last pass are drawn already, and what was drawn is part of the fingerprint.
     last_pass = replace(last_pass, own=planned.last_pass.own)
     if team.size > 1:
@@ -301,19 +332,29 @@ def _source(planned: Planned) -> Source:
 
 
 def _run_spec(planned: Planned, tokens: CalibrationTokens, content: str) -> RunSpec:
+    job, last_pass = planned.job, planned.last_pass
+    recipe = replace(job.recipe, refine=last_pass.steps, refine_scope="auto")
+    spec = _spec(job, planned.desc, planned.target, planned.device, model=content, recipe=recipe)
+    return replace(spec, tokens=tokens.digest, last_pass=last_pass.scope)
+
+
+def _spec(
+    job: Job, desc: ModelDesc, target: TargetPlan, device: torch.device, *, model: str, recipe: Recipe
+) -> RunSpec:
+    """All but the tokens and the last pass."""
     return RunSpec(
         version=__version__,
         torch=str(torch.__version__),
-        exporter=planned.job.exporter.name,
-        model=content,
-        recipe=replace(planned.job.recipe, refine=planned.last_pass.steps, refine_scope="auto"),
-        last_pass=planned.last_pass.scope,
-        calibration=planned.job.calibration,
-        tokens=tokens.digest,
-        storage={str(t.id): t.type_name for t in planned.target.tensors},
-        carrier=planned.target.carrier.value,
-        device=planned.device.type,
-        padding=planned.desc.padding,
+        exporter=job.exporter.name,
+        model=model,
+        recipe=recipe,
+        last_pass="",
+        calibration=job.calibration,
+        tokens="",
+        storage={str(t.id): t.type_name for t in target.tensors},
+        carrier=target.carrier.value,
+        device=device.type,
+        padding=desc.padding,
     )
 
 
@@ -347,7 +388,10 @@ def _open_store(planned: Planned, spec: RunSpec, team: Team, stack: ExitStack, w
     opened: list[Store] = []
 
     def open_it() -> None:
-        store = stack.enter_context(Store(planned.job.work_folder, spec.fingerprint(), _grids(planned)))
+        asked = _asked(planned.job, planned.checkpoint, planned.desc, planned.target, planned.device)
+        begun = f"{asked} {planned.last_pass.scope}"
+        folder = planned.job.work_folder
+        store = stack.enter_context(Store(folder, spec.fingerprint(), _grids(planned), begun))
         opened.append(store)
         if store.n_discarded:
             watch.note(

@@ -27,6 +27,7 @@ from typing import TypeVar
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -81,30 +82,32 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 class _Manifest(msgspec.Struct, frozen=True):
-    """manifest.json. parts: in the order in which they were written."""
+    """manifest.json. parts: in the order in which they were written. begun: see `Store`."""
 
     version: int
     fingerprint: str
     parts: dict[str, _Part]
+    begun: str = ""
 
 
 class Store:
     """Quantized parts by name. Open it with the fingerprint of the run that fills it, close it when done.
 
-    n_discarded: finished parts of another fingerprint or version that were removed at opening.
+    begun: words that the first opening leaves for `read_begun`, before a later run has a fingerprint. n_discarded:
+    finished parts of another fingerprint or version that were removed at opening.
     """
 
     _lock: int | None = None
     _is_open = False
 
-    def __init__(self, folder: Path, fingerprint: str, grids: Mapping[str, Grid]) -> None:
+    def __init__(self, folder: Path, fingerprint: str, grids: Mapping[str, Grid], begun: str = "") -> None:
         """Open or make `folder`; raises RunError if it cannot be written, is in use, or belongs to something else."""
         self._folder = folder
         self._grids = grids
         self.n_discarded = 0
         try:
             self._lock = enter(folder)
-            self._manifest = self._open(fingerprint)
+            self._manifest = self._open(_Manifest(VERSION, fingerprint, {}, begun))
         except OSError as error:
             self.close()
             raise unusable(folder, error) from error
@@ -177,7 +180,7 @@ class Store:
         try:
             entry = _Part(write_part(pending, flat), layouts, encoded)
             parts = {name: old for name, old in self._manifest.parts.items() if name != part}
-            manifest = _Manifest(VERSION, self._manifest.fingerprint, {**parts, part: entry})
+            manifest = replace(self._manifest, parts={**parts, part: entry})
             self._write_manifest(manifest)
             pending.replace(self._file(part))
         except OSError as error:
@@ -287,16 +290,15 @@ class Store:
     def _file(self, part: str) -> Path:
         return self._folder / f"{part}.safetensors"
 
-    def _open(self, fingerprint: str) -> _Manifest:
-        """The manifest to go on from, with the directory brought to its state."""
+    def _open(self, fresh: _Manifest) -> _Manifest:
+        """The manifest to go on from, with the directory brought to its state. fresh: of a run without parts."""
         for leftover in (PENDING, MANIFEST + BESIDE, TOKENS + BESIDE, MEASURED + BESIDE):
             (self._folder / leftover).unlink(missing_ok=True)
-        fresh = _Manifest(VERSION, fingerprint, {})
         header = read_header(self._folder)
         if header is None:
             self._write_manifest(fresh)
             return fresh
-        if header.version != VERSION or header.fingerprint != fingerprint:
+        if header.version != VERSION or header.fingerprint != fresh.fingerprint:
             self.n_discarded = sum(self._file(name).exists() for name in header.parts)
             self._remove_parts(header.parts)
             self._write_manifest(fresh)
@@ -333,7 +335,7 @@ class Store:
         if len(kept) == len(manifest.parts):
             return manifest
         self._remove_parts(manifest.parts.keys() - kept.keys())
-        shorter = _Manifest(manifest.version, manifest.fingerprint, kept)
+        shorter = replace(manifest, parts=kept)
         self._write_manifest(shorter)
         return shorter
 

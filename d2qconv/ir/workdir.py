@@ -66,6 +66,7 @@ class Header(msgspec.Struct, frozen=True):
     version: int
     fingerprint: str
     parts: dict[str, msgspec.Raw]
+    begun: str = ""
 
 
 def read_tokens(folder: Path, key: str) -> dict[str, Tensor] | None:
@@ -261,6 +262,20 @@ def read_header(folder: Path) -> Header | None:
         if not is_plain_name(part) or f"{part}.safetensors" == TOKENS:
             raise damaged(path, f"{part!r} is not the name of a part")
     return header
+
+
+def read_begun(folder: Path) -> str:
+    """What the run that this folder is of has said of itself when it began; '' if there is none.
+
+    `folder` need not exist. Raises RunError as `read_header` does, or if the manifest cannot be read.
+    """
+    try:
+        header = read_header(folder)
+    except NotADirectoryError:
+        return ""
+    except OSError as error:
+        raise unusable(folder, error) from error
+    return "" if header is None else header.begun
 
 
 def damaged(manifest: Path, why: str) -> RunError:

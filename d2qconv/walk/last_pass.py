@@ -52,11 +52,18 @@ def own_sequences(spec: CalibrationSpec, recipe: Recipe, desc: ModelDesc, device
 
 
 def choose_last_pass(
-    recipe: Recipe, desc: ModelDesc, plan: TargetPlan, spec: CalibrationSpec, free: int, device: torch.device
+    recipe: Recipe,
+    desc: ModelDesc,
+    plan: TargetPlan,
+    spec: CalibrationSpec,
+    free: int,
+    device: torch.device,
+    begun: str = "",
 ) -> LastPass:
     """What the recipe asks for, or what suits device and types where it leaves that open.
 
-    free: bytes on the device that the run leaves to a last pass.
+    free: bytes on the device that the run leaves to a last pass. begun: the scope of an interrupted run that this one
+    goes on with, whatever is free now.
     """
     grids = _grids(plan)
     steps = recipe.refine
@@ -75,7 +82,8 @@ def choose_last_pass(
     if recipe.refine_scope != "auto":
         return made(recipe.refine_scope)
     whole = made("model")
-    return whole if whole.n_bytes <= free else made("block")
+    is_whole = begun == "model" or (begun != "block" and whole.n_bytes <= free)
+    return whole if is_whole else made("block")
 
 
 def _grids(plan: TargetPlan) -> dict[Role, Grid]:

@@ -20,6 +20,7 @@ from d2qconv.testing.models import make_checkpoint
 from d2qconv.walk import activations
 from d2qconv.walk import model as walk_model
 from d2qconv.walk.activations import Place
+from d2qconv.walk.memory import Footprint
 from d2qconv_gguf import INFO, GgufOptions
 from d2qconv_gguf.container import read
 from d2qconv_gguf.reader import read_model
@@ -217,6 +218,37 @@ def test_a_run_with_another_last_pass_does_not_go_on_from_it(tmp_path, text, sma
     said = "finished parts of another job were discarded"
     # Embedding, two blocks, output; and the changes of a last pass over the model.
     assert [note.split()[0] for note in notes if said in note] == ["5", "5", "4"]
+
+
+@pytest.mark.parametrize("begun", ["model", "block"])
+def test_a_run_goes_on_with_its_last_pass_whatever_memory_is_free_now(
+    tmp_path, text, small, unverified, monkeypatch, begun
+):
+    free = {"model": 1 << 40, "block": 0}
+
+    def leave(n_bytes):
+        monkeypatch.setattr(Footprint, "free_for_last_pass", property(lambda _: n_bytes))
+
+    recipe = replace(RECIPE, refine=2, refine_scope="auto")
+    asked = job(small, tmp_path / "a.gguf", text, recipe=recipe)
+    leave(free.pop(begun))
+    assert plan(asked).last_pass.scope == begun
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_package", die)
+        with pytest.raises(KilledError):
+            convert(plan(asked), Unwatched())
+    (other,) = free
+    leave(free[other])
+    # Of another job it is not.
+    assert plan(replace(asked, recipe=replace(recipe, polish=0))).last_pass.scope == other
+    if begun == "model":
+        with pytest.raises(PlanError, match=r"began with one over the whole model.*\n.*--refine-scope block"):
+            plan(asked)
+        assert plan(replace(asked, recipe=replace(recipe, refine_scope="block"))).last_pass.scope == "block"
+        leave(1 << 40)
+    monkeypatch.setattr(walk_model.BlockWalk, "quantize", forbidden)
+    planned, _ = run(asked)
+    assert planned.last_pass.scope == begun
 
 
 @pytest.mark.parametrize("refine", [{"refine": 0}, {"refine": 2, "refine_scope": "model"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from d2qconv.ir.recoded import recoded
 from d2qconv.job import Destination, Job, check_places
 from d2qconv.names import TensorId
 from d2qconv.outcome import AlsoWritten
-from d2qconv.packaging import check_place, grids_of, plan_also, write_package
+from d2qconv.packaging import check_place, grids_of, plan_also, written_package
 from d2qconv.progress import Watch
 from d2qconv.quant.sweep import round_to_nearest
 
@@ -150,12 +151,14 @@ def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
     content = content_digest(checkpoint.config, planned.desc.tensors, watch.step)
     about = _provenance(planned, content)
     done: list[tuple[Package, Sequence[Check]]] = []
-    # The others first: the package that the job names takes its name when all else is there.
-    for to in reversed(places):
-        model = QuantizedModel(planned.desc, _Tensors(planned, to), about)
-        done.append(write_package(to, recoded(model, grids_of(to.target)), checkpoint, job.overwrite, watch))
-    package, checks = done.pop()
-    others = zip(planned.also, reversed(done), strict=True)
+    # Left in the opposite order: the package that the job names takes its name when all else is there.
+    with ExitStack() as packages:
+        for to in places:
+            model = QuantizedModel(planned.desc, _Tensors(planned, to), about)
+            same = recoded(model, grids_of(to.target))
+            done.append(packages.enter_context(written_package(to, same, checkpoint, job.overwrite, watch)))
+    (package, checks), *rest = done
+    others = zip(planned.also, rest, strict=True)
     return Imported(
         path=package.path,
         n_bytes=package.n_bytes,

@@ -14,6 +14,7 @@ from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import InputError
 from d2qconv.exporters.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
 from d2qconv.exporters.beside import page_of, report_of
+from d2qconv.exporters.info import written_files
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.walk.last_pass import LastPass
 from d2qconv.walk.memory import Footprint
@@ -75,15 +76,16 @@ class Job:
 
 
 def check_places(job: Job) -> None:
-    """Refuse packages or a work directory that are the same or lie in each other, links followed; raises InputError.
+    """Refuse outputs, or a work directory, that are the same or lie in each other, links followed; raises InputError.
 
     Each is written or removed as a whole, so what lies in another one would stand in its way or go with it.
     """
     places = [(f"-o {job.output}", job.output)]
     places += [(f"--also {also.exporter.name}={also.output}", also.output) for also in job.also]
+    places += [(f"{option} {path}", path) for option, path in written_files(job.options).items()]
     for option, path in places:
         if path.name in ("", ".."):
-            raise InputError("gives the package no name", where=option, todo="end it with a name")
+            raise InputError("gives what is written no name", where=option, todo="end it with a name")
     if job.is_reported:
         report = report_of(job.output)
         places += [(f"the report {path}", path) for path in (report, page_of(report))]
@@ -92,7 +94,8 @@ def check_places(job: Job) -> None:
         if not path.resolve().is_relative_to(folder.resolve()):
             continue
         how = "is the same as" if path.resolve() == folder.resolve() else "lies in"
-        what = "the work directory, which is emptied at the end" if outer is work else f"the package {outer}"
+        what = "the work directory, which is emptied at the end" if outer is work else outer
+        what = f"the package {what}" if what.startswith(("-o", "--also")) else what
         raise InputError(
             f"{how} {what}",
             where=inner,

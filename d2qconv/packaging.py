@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,10 +50,14 @@ def check_place(to: Destination, overwrite: bool, n_bytes: int) -> None:
         check_output(to.output, overwrite, n_bytes)
 
 
-def write_package(
+@contextmanager
+def written_package(
     to: Destination, model: QuantizedModel, checkpoint: Checkpoint, overwrite: bool, watch: Watch
-) -> tuple[Package, Sequence[Check]]:
-    """Write a package beside its name and verify it there; only then it takes its name. Raises any D2qError."""
+) -> Iterator[tuple[Package, Sequence[Check]]]:
+    """A package, written beside its name and verified there; it takes its name when the context ends well.
+
+    So packages of one run appear together, once each of them is written and verified. Raises any D2qError.
+    """
     n_tensors = len(to.target.tensors)
     with _place_of(to)(to.output, overwrite=overwrite) as path:
         watch.stage("write", 2 * n_tensors)
@@ -61,8 +65,8 @@ def write_package(
         watch.stage("verify", n_tensors)
         checks = to.exporter.verify(package.path, _steps(watch))
         _require_passed(checks)
-    name = package.path.name if to.target.is_split else to.output.name
-    return replace(package, path=to.output.with_name(name)), checks
+        name = package.path.name if to.target.is_split else to.output.name
+        yield replace(package, path=to.output.with_name(name)), checks
 
 
 def grids_of(target: TargetPlan) -> dict[TensorId, Grid]:

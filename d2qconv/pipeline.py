@@ -48,7 +48,7 @@ from d2qconv.ir.store import Store
 from d2qconv.ir.workdir import read_begun
 from d2qconv.job import Job, Planned, check_places
 from d2qconv.outcome import AlsoWritten, Outcome, outcome_of, provenance
-from d2qconv.packaging import check_place, grids_of, plan_also, write_package
+from d2qconv.packaging import check_place, grids_of, plan_also, written_package
 from d2qconv.progress import Stages, Unwatched, Watch
 from d2qconv.report.collect import RunFacts
 from d2qconv.report.write import write_report
@@ -255,9 +255,11 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
             about = provenance(planned, tokens, spec, result)
             model = QuantizedModel(planned.desc, held.tensors(), about, result.importance)
             overwrite = planned.job.overwrite
-            with host_limit(planned.footprint.budget.host_bytes):
-                others = _others(planned, model, watch)
-                package, checks = write_package(planned.main, model, planned.checkpoint, overwrite, watch)
+            # Left in the opposite order: the package that the job names takes its name when all else is there.
+            with host_limit(planned.footprint.budget.host_bytes), ExitStack() as packages:
+                written = written_package(planned.main, model, planned.checkpoint, overwrite, watch)
+                package, checks = packages.enter_context(written)
+                others = _others(planned, model, packages, watch)
             peaks = _largest([peaks, meter.peaks()])
             seconds = time.monotonic() - started
             outcome = replace(outcome_of(planned, package, checks, result, spec, seconds, peaks), also=others)
@@ -297,12 +299,15 @@ def _walk(planned: Planned, tokens: CalibrationTokens, store: SharedStore, team:
     )
 
 
-def _others(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[AlsoWritten, ...]:
+def _others(
+    planned: Planned, model: QuantizedModel, packages: ExitStack, watch: Watch
+) -> tuple[AlsoWritten, ...]:
     """Write the further packages of the same codes, each verified by its own format's reader and runtime."""
     found = []
     for also in planned.also:
         same = recoded(model, grids_of(also.target))
-        package, checks = write_package(also, same, planned.checkpoint, planned.job.overwrite, watch)
+        written = written_package(also, same, planned.checkpoint, planned.job.overwrite, watch)
+        package, checks = packages.enter_context(written)
         found.append(AlsoWritten(also.info.name, also.output, package.n_bytes, checks))
     return tuple(found)
 

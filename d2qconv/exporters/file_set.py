@@ -59,7 +59,21 @@ def check_set(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
     """
     check_output(path, True, n_bytes)
     final = _final(path)
-    _end_move(final)
+    try:
+        _end_move(final)
+        is_left = _complete(final).exists()
+    except OSError as error:
+        raise InputError(
+            f"a set that a killed run left cannot be moved to its place: {error.strerror or error}",
+            where=str(_complete(final)),
+            todo="make the folder writable, or move it away",
+        ) from error
+    if is_left:
+        raise InputError(
+            "holds files that are not of this package; they were left as they are",
+            where=str(_complete(final)),
+            todo="move them away",
+        )
     found = members(final)
     if found and not overwrite:
         raise InputError(
@@ -132,16 +146,18 @@ def _end_move(final: Path) -> None:
     """Move what is in `.NAME.complete` to its final names, in the order that the module tells; again, if need be."""
     complete = _complete(final)
     try:
-        lock = os.open(complete, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(complete, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     try:
         # Held until the process ends or the file is closed: two runs do not move at the same time.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        left = sorted(file.name for file in complete.iterdir()) if complete.is_dir() else []
+        names = [file.name for file in complete.iterdir()] if complete.is_dir() else []
+        left = sorted(name for name in names if _whole_set(final, name))
         if left:
             _move(complete, final, left)
-        with suppress(FileNotFoundError):
+        # Gone already, or not empty: somebody else's files stay, and the next run tells.
+        with suppress(OSError):
             complete.rmdir()
         sync_folder(final.parent)
     finally:

@@ -7,15 +7,27 @@ has these names too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2qconv.errors import PluginError
 
 if TYPE_CHECKING:
     from d2qconv.exporters.base import Exporter
+
+
+#: Metadata of an options field, a path or None: the exporter writes that file too.
+WRITTEN: Mapping[str, bool] = {"d2qconv.is_written": True}
+
+
+def written_files(options: object) -> dict[str, Path]:
+    """Files that these options have written besides the package, by option: `--imatrix`."""
+    assert is_dataclass(options), "options are a dataclass"
+    named = {f.name: getattr(options, f.name) for f in fields(options) if f.metadata.keys() & WRITTEN.keys()}
+    return {f"--{name.replace('_', '-')}": Path(path) for name, path in named.items() if path is not None}
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,11 @@ class Runtime:
 class ExporterInfo:
     """An exporter as it is known before it is loaded: the entry point's object. Imports nothing heavy.
 
-    name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options.
-    target: `module:Class`, called with the options. requires: modules that must be importable. extra: the pip
-    extra that brings them. suffix: of the default output name. is_folder: a package is a folder that holds a manifest
-    (`d2qconv.exporters.manifest`), and not a file. example: the command's example in its help. runtimes: what loads its
-    packages, for `doctor`.
+    name: the command is `to-<name>`. options: a frozen dataclass, its fields become the command's options; one whose
+    metadata are WRITTEN names a file that is written besides the package. target: `module:Class`, called with the
+    options. requires: modules that must be importable. extra: the pip extra that brings them. suffix: of the default
+    output name. is_folder: a package is a folder that holds a manifest (`d2qconv.exporters.manifest`), and not a file.
+    example: the command's example in its help. runtimes: what loads its packages, for `doctor`.
     """
 
     name: str

@@ -154,11 +154,14 @@ def partial_name(final: Path) -> Path:
 
 
 def remove_stale(final: Path) -> None:
-    """Remove partial and probe files of this output whose process, on this host, is gone."""
+    """Remove partial and probe files of this output whose process, on this host, is gone.
+
+    One of this process's own number is of an earlier one: in a container every run may have the same.
+    """
     pattern = re.compile(re.escape(f".{final.name}.{_host()}-") + r"(\d+)\.partial(?:\.\w+)?")
     for sibling in final.parent.iterdir():
         match = pattern.fullmatch(sibling.name)
-        if match and not _is_alive(int(match[1])):
+        if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
             if sibling.is_dir():
                 shutil.rmtree(sibling, ignore_errors=True)
             else:

@@ -5,11 +5,11 @@ Imports nothing heavy: the exporter itself is loaded when it is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from d2qconv.exporters.info import ExporterInfo, Runtime
+from d2qconv.exporters.info import WRITTEN, ExporterInfo, Runtime
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class GgufOptions:
     candidates: str | None = None
     base_gguf: Path | None = None
     max_shard_size: str | None = None
-    imatrix: Path | None = None
+    imatrix: Path | None = field(default=None, metadata=WRITTEN)
     pad: Literal["never", "auto", "always"] = "never"
 
 

@@ -191,3 +191,40 @@ def test_folders_of_dead_processes_are_removed(tmp_path):
     write(tmp_path / "m.gguf", "new", 2)
     assert not stale.exists()
     assert len(members(tmp_path / "m.gguf")) == 2
+
+
+def test_a_folder_of_an_earlier_run_with_the_number_of_this_process_is_no_obstacle(tmp_path):
+    left = file_set.partial_name(tmp_path / "m.gguf")
+    left.mkdir()
+    (left / "m.gguf").touch()
+    write(tmp_path / "m.gguf", "new", 2)
+    assert contents(tmp_path) == whole("new", 2)
+
+
+def test_a_strange_file_beside_what_is_to_be_moved_stays_and_is_told(tmp_path):
+    complete = tmp_path / ".m.gguf.complete"
+    complete.mkdir()
+    (complete / ".DS_Store").touch()
+    for name, text in whole("new", 2).items():
+        (complete / name).write_text(text)
+    with pytest.raises(InputError, match="not of this package"):
+        check_set(tmp_path / "m.gguf", overwrite=True)
+    assert contents(tmp_path) == whole("new", 2)
+    assert names(complete) == [".DS_Store"]
+    (complete / ".DS_Store").unlink()
+    check_set(tmp_path / "m.gguf", overwrite=True)
+    assert not complete.exists()
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_what_has_the_name_of_the_folder_between_is_no_traceback(tmp_path, is_link):
+    complete = tmp_path / ".m.gguf.complete"
+    if is_link:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "m.gguf").write_text("theirs")
+        complete.symlink_to(tmp_path / "elsewhere")
+    else:
+        complete.touch()
+    with pytest.raises(InputError, match="cannot be moved"):
+        check_set(tmp_path / "m.gguf", overwrite=True)
+    assert not (tmp_path / "m.gguf").exists()

@@ -9,8 +9,9 @@ import torch
 import d2qconv
 from d2qconv import pipeline
 from d2qconv.calibrate.tokens import load_tokens
-from d2qconv.errors import PlanError
+from d2qconv.errors import ExportError, PlanError
 from d2qconv.exporters.base import Carrier, Check
+from d2qconv.job import Also
 from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.pipeline import Job, convert, plan
@@ -184,7 +185,7 @@ def test_a_run_cut_off_behind_the_blocks_goes_on_and_gives_the_same_bytes(
         if when == "before the last pass":
             patched.setattr(walk_model, "refine_model", die)
         elif when == "after the last pass":
-            patched.setattr(pipeline, "write_package", die)
+            patched.setattr(pipeline, "written_package", die)
         else:
             patched.setattr("d2qconv_gguf.exporter.require_same_function", die)
         with pytest.raises(KilledError):
@@ -202,6 +203,29 @@ def test_a_run_cut_off_behind_the_blocks_goes_on_and_gives_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "small", "text.txt"]
 
 
+def test_packages_of_one_run_appear_together_or_not_at_all(tmp_path, text, small, unverified, monkeypatch):
+    """Also where the package that is written last fails, whichever that is: the same command goes on."""
+    asked = job(small, tmp_path / "a.gguf", text)
+    asked = replace(asked, also=tuple(Also(INFO, tmp_path / name) for name in ("b.gguf", "c.gguf")))
+    n_written = 0
+
+    def fail(*_):
+        nonlocal n_written
+        n_written += 1
+        if n_written == 3:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("d2qconv_gguf.exporter.require_same_function", fail)
+        with pytest.raises(ExportError, match="No space left"):
+            run(asked)
+    assert not list(tmp_path.glob("*.gguf"))
+    assert (tmp_path / "a.gguf.work").exists()
+    _, outcome = run(asked)
+    assert [also.path.name for also in outcome.also] == ["b.gguf", "c.gguf"]
+    assert sorted(p.name for p in tmp_path.glob("*.gguf*")) == ["a.gguf", "b.gguf", "c.gguf"]
+
+
 def test_a_run_with_another_last_pass_does_not_go_on_from_it(tmp_path, text, small, unverified, monkeypatch):
     notes = []
 
@@ -209,7 +233,7 @@ def test_a_run_with_another_last_pass_does_not_go_on_from_it(tmp_path, text, sma
         def note(self, text):
             notes.append(text)
 
-    monkeypatch.setattr(pipeline, "write_package", die)
+    monkeypatch.setattr(pipeline, "written_package", die)
     asked = job(small, tmp_path / "a.gguf", text)
     for steps, scope in ((2, "model"), (2, "model"), (3, "model"), (3, "block"), (0, "model")):
         recipe = replace(asked.recipe, refine=steps, refine_scope=scope)
@@ -234,7 +258,7 @@ def test_a_run_goes_on_with_its_last_pass_whatever_memory_is_free_now(
     leave(free.pop(begun))
     assert plan(asked).last_pass.scope == begun
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "write_package", die)
+        patched.setattr(pipeline, "written_package", die)
         with pytest.raises(KilledError):
             convert(plan(asked), Unwatched())
     (other,) = free

@@ -172,6 +172,20 @@ def test_places_in_each_other_are_refused_before_the_model_is_opened(tmp_path, o
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "m.gguf.work/i.gguf", "w/i.gguf", "m.gguf.report.json"])
+def test_an_importance_matrix_has_a_place_of_its_own(tmp_path, name):
+    asked = job(
+        tmp_path,
+        output=tmp_path / "m.gguf",
+        options=GgufOptions(type="q4_0", imatrix=tmp_path / name),
+        work_dir=tmp_path / "w" if name.startswith("w/") else None,
+        is_reported=True,
+    )
+    with pytest.raises(InputError, match=r"is the same as|lies in"):
+        plan(asked)
+    plan(replace(asked, options=GgufOptions(type="q4_0", imatrix=tmp_path / "i.gguf")))
+
+
 def test_relative_names_are_compared_as_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = job(tmp_path, exporter=FOLDER, output=Path("out"), work_dir=tmp_path / "out" / "work")

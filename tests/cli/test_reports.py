@@ -12,10 +12,13 @@ import pytest
 from report_samples import sample
 
 from d2qconv import pipeline
+from d2qconv.commands.again import command_words
 from d2qconv.errors import InputError, RunError
 from d2qconv.job import check_places
+from d2qconv.options import Settings
 from d2qconv.report.compare import differences, pareto
 from d2qconv.report.schema import encode
+from d2qconv_gguf import INFO, GgufOptions
 
 pytestmark = pytest.mark.usefixtures("fake")
 
@@ -94,6 +97,23 @@ def test_the_words_of_a_report_name_no_folder(d2q, jobs, tmp_path):
     )
     joined = shlex.join(jobs[0].command)
     assert joined == "d2qconv to-fake model -o 'x y.fake' --also fake=z.fake --calibration t.txt"
+
+
+@pytest.mark.parametrize("folder", ["run=3", "a=b/c=d"])
+def test_the_words_of_a_report_name_no_folder_with_an_equals_sign(d2q, jobs, tmp_path, folder):
+    secret = tmp_path / folder
+    (secret / "model").mkdir(parents=True)
+    (secret / "t.txt").touch()
+    words = ("--calibration", secret / "t.txt", "--also", f"fake={secret}/z.fake", "--fake-seed", "a=b/c")
+    d2q("to-fake", secret / "model", "-o", secret / "x.fake", *words)
+    joined = "d2qconv to-fake model -o x.fake --also fake=z.fake --calibration t.txt --fake-seed a=b/c"
+    assert shlex.join(jobs[0].command) == joined
+
+
+def test_a_file_that_is_not_there_yet_has_no_folder_in_the_words_of_a_report(tmp_path):
+    options = GgufOptions(imatrix=tmp_path / "later.gguf", tensor_type=("v=q4_k",))
+    words = command_words(INFO, "org/m", options, Settings(), tmp_path / "m.gguf")
+    assert words[5:] == ("--tensor-type", "v=q4_k", "--imatrix", "later.gguf")
 
 
 def test_a_page_is_made_again(d2q, tmp_path):

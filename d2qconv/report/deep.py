@@ -22,7 +22,7 @@ from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import InputError
 from d2qconv.exporters.base import Check, Exporter, Sizing
-from d2qconv.exporters.beside import page_of
+from d2qconv.exporters.beside import named, page_of
 from d2qconv.report.collect import file_entries
 from d2qconv.report.page import render
 from d2qconv.report.schema import FileEntry, PackageEntry, Report, decode, is_intact, read_bytes
@@ -44,6 +44,7 @@ def deep_checks(
 
     Raises InputError if the report cannot be read at all, is of no such package, or if the source cannot be opened.
     """
+    package = named(package)
     data = read_bytes(report_path)
     report = decode(data, str(report_path))
     entry = _entry(report, package, report_path)

@@ -262,8 +262,21 @@ def decode(data: bytes, where: str) -> Report:
 
 
 def read_report(path: Path) -> Report:
-    """A report from its file; raises InputError."""
+    """A report from its file, changed or not; raises InputError."""
     return decode(read_bytes(path), str(path))
+
+
+def read_intact(path: Path) -> tuple[Report, bytes]:
+    """A report and the bytes of its file; raises InputError, for one that was changed too."""
+    data = read_bytes(path)
+    report = decode(data, str(path))
+    if not is_intact(data, report):
+        raise InputError(
+            "the report was changed: its bytes do not have the digest that stands in it",
+            where=str(path),
+            todo="draw it from the original",
+        )
+    return report, data
 
 
 def read_bytes(path: Path) -> bytes:

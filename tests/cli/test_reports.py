@@ -128,6 +128,18 @@ def test_a_page_is_made_again(d2q, tmp_path):
     assert page.read_bytes() == made
 
 
+def test_a_report_that_was_changed_is_not_drawn(d2q, tmp_path):
+    whole, changed = tmp_path / "a.report.json", tmp_path / "b.report.json"
+    whole.write_bytes(encode(sample("a", 1000, 0.5)))
+    changed.write_bytes(encode(sample("b", 2000, 0.25)).replace(b'"kld": 0.25', b'"kld": 0.15'))
+    page = tmp_path / "page.html"
+    for files in ([changed], [whole, changed]):
+        result = d2q("report", *files, "-o", page)
+        assert (result.code, "the report was changed" in result.err) == (2, True)
+        assert str(changed) in result.err
+        assert not page.exists()
+
+
 def test_several_reports_are_set_side_by_side(d2q, tmp_path):
     names = []
     for name, n_bytes, kld in (("b", 2000, 0.25), ("a", 1000, 0.5), ("c", 3000, 0.375)):

@@ -1,7 +1,7 @@
 """`verify --deep`: computes again everything that a package's report says and that can be computed.
 
 - report: report.json is, to the byte, what was written (its own digest);
-- page: the page beside it is what the report gives;
+- page: the page beside it is what the report gives; of a page that another version drew, that it carries the report;
 - files: size and SHA-256 of every file of the package, and no file more;
 - provenance: what the package's own metadata say of its source and making is what the report says;
 - bytes of tensors: the package's own headers give every tensor the bytes that the report says;
@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2qconv import __version__
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.digest import content_digest
-from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.errors import InputError
+from d2qconv.errors import D2qError, InputError
 from d2qconv.exporters.base import Check, Exporter, Sizing
 from d2qconv.exporters.beside import named, page_of
+from d2qconv.foreign.read import open_float_source
 from d2qconv.report.collect import file_entries
+from d2qconv.report.html import carried, in_script
 from d2qconv.report.page import render
 from d2qconv.report.schema import FileEntry, PackageEntry, Report, decode, is_intact, read_bytes
 
@@ -42,7 +44,8 @@ def deep_checks(
 ) -> list[Check]:
     """package: its file, the first or any of several, or its folder. source: the model, None not to read it.
 
-    Raises InputError if the report cannot be read at all, is of no such package, or if the source cannot be opened.
+    Raises InputError if the report cannot be read at all or is of no such package, and what the exporter raises of a
+    package that it cannot read. A source that cannot be read is a check that failed.
     """
     package = named(package)
     data = read_bytes(report_path)
@@ -85,11 +88,15 @@ def _report_check(report: Report, data: bytes) -> Check:
 def _page_check(report: Report, data: bytes, page: Path) -> Check:
     if not page.exists():
         return Check("page", f"{page.name} is not there", True, is_skipped=True)
-    if read_bytes(page) == render(report, data):
+    there, drawn_by = read_bytes(page), report.environment.versions.get("d2qconv", "")
+    if there == render(report, data):
         return Check("page", f"{page.name} is what the report gives, byte for byte", True)
-    return Check(
-        "page", f"{page.name} is not what this report gives here: changed, or of another version", False
-    )
+    if drawn_by == __version__:
+        return Check("page", f"{page.name} is not what this report gives: it was changed", False)
+    if carried(there) != in_script(data).encode():
+        return Check("page", f"{page.name} does not carry this report: it was changed", False)
+    detail = f"{page.name} carries this report; d2qconv {drawn_by} drew it, and the drawing was not compared"
+    return Check("page", detail, True)
 
 
 def _files_check(entry: PackageEntry, package: Path) -> Check:
@@ -143,8 +150,12 @@ def _source_check(
 ) -> Check:
     if source is None:
         return Check("source", "not read; name it with --source", True, is_skipped=True)
-    checkpoint = open_checkpoint(source, revision=revision)
-    digest = content_digest(checkpoint.config, bind(checkpoint).tensors, progress)
+    try:
+        checkpoint = open_float_source(source, revision)
+        digest = content_digest(checkpoint.config, bind(checkpoint).tensors, progress)
+    except D2qError as error:
+        # What the other checks have found is not lost for it.
+        return Check("source", f"cannot be read: {error.where or source}: {error.what}", False)
     if digest == report.source.sha256:
         return Check("source", f"config and weights of {checkpoint.name} have the report's SHA-256", True)
     return Check("source", f"{checkpoint.name} is not the model that was quantized: SHA-256 {digest}", False)

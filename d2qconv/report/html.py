@@ -16,6 +16,10 @@ from importlib.resources import files
 from d2qconv import progress
 
 
+#: Begins the JSON that a page carries along.
+_CARRIER = '<script type="application/json" id="report">'
+
+
 def tag(name: str, attributes: Mapping[str, str | float | None], *content: str) -> str:
     """An element; attributes of None are left out. content: HTML."""
     listed = "".join(f' {k}="{escape(str(v))}"' for k, v in attributes.items() if v is not None)
@@ -139,12 +143,19 @@ def document(title: str, body: str, data: bytes = b"") -> bytes:
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f"<title>{text(title)}</title><style>{style}</style>"
     )
-    carried = f'<script type="application/json" id="report">{_in_script(data)}</script>' if data else ""
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}{carried}</body></html>\n'
+    along = f"{_CARRIER}{in_script(data)}</script>" if data else ""
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}{along}</body></html>\n'
     return page.encode()
 
 
-def _in_script(data: bytes) -> str:
+def carried(page: bytes) -> bytes:
+    """The JSON that a page of any version carries along, as `in_script` wrote it; empty if there is none."""
+    _, begin, rest = page.partition(_CARRIER.encode())
+    found, end, _ = rest.partition(b"</script>")
+    return found if begin and end else b""
+
+
+def in_script(data: bytes) -> str:
     """JSON that no HTML parser can take for the end of its element: these characters stand in strings alone."""
     found = data.decode()
     for character in "<>&\u2028\u2029":

@@ -15,7 +15,6 @@ from importlib.resources import files
 
 from d2qconv import progress
 
-
 #: Begins the JSON that a page carries along.
 _CARRIER = '<script type="application/json" id="report">'
 

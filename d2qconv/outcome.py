@@ -22,7 +22,7 @@ from d2qconv.walk.rounding import TensorError
 
 @dataclass(frozen=True)
 class AlsoWritten:
-    """A further package of the same codes. format: the exporter's name."""
+    """A further package of the same codes. format: the exporter's name. path: its first file if it has several."""
 
     format: str
     path: Path

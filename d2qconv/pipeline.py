@@ -272,7 +272,7 @@ def _others(planned: Planned, model: QuantizedModel, watch: Watch) -> tuple[Also
     for also in planned.also:
         same = recoded(model, grids_of(also.target))
         package, checks = write_package(also, same, planned.checkpoint, planned.job.overwrite, watch)
-        found.append(AlsoWritten(also.info.name, also.output, package.n_bytes, checks))
+        found.append(AlsoWritten(also.info.name, package.path, package.n_bytes, checks))
     return tuple(found)
 
 

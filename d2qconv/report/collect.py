@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -18,13 +17,13 @@ import torch
 from d2qconv import __version__
 from d2qconv.budget import Peaks
 from d2qconv.calibrate.tokens import CalibrationTokens
-from d2qconv.exporters.base import Check, ExporterInfo, FloatType, Sizing, TargetPlan, TensorPlan
-from d2qconv.exporters.file_set import members
+from d2qconv.exporters.base import Check, FloatType, Sizing, TensorPlan
+from d2qconv.exporters.contents import contents
 from d2qconv.ir.model import Provenance
-from d2qconv.job import Planned
+from d2qconv.job import Destination, Planned
 from d2qconv.measure.metrics import Divergence
 from d2qconv.measure.spread import kl_spread
-from d2qconv.outcome import AlsoWritten, Outcome
+from d2qconv.outcome import Outcome
 from d2qconv.refine.settings import RefineNotes
 from d2qconv.report.schema import (
     VERSION,
@@ -65,16 +64,19 @@ class RunFacts:
 
 
 def collect(run: RunFacts) -> Report:
-    """The report of a run whose packages are in their places; reads every file of them once. Raises OSError."""
+    """The report of a run whose packages are in their places; reads every file of them once.
+
+    Raises InputError for a file that cannot be read.
+    """
     planned, outcome = run.planned, run.outcome
     tensors = _tensors(run)
     return Report(
         report=VERSION,
         digest="",
-        package=_package(planned.job.exporter, planned.target, planned.job.output, outcome.checks, run.about),
+        package=_package(planned.main, outcome.path, outcome.checks, run.about),
         also=[
-            _package(also.info, also.target, also.output, _checks_of(outcome.also, also.output), run.about)
-            for also in planned.also
+            _package(to, written.path, written.checks, run.about)
+            for to, written in zip(planned.also, outcome.also, strict=True)
         ],
         source=_source(planned),
         bits_per_weight=outcome.bits_per_weight,
@@ -104,38 +106,20 @@ def collect(run: RunFacts) -> Report:
     )
 
 
-def file_entries(path: Path, *, is_folder: bool) -> list[FileEntry]:
-    """Size and SHA-256 of every file of a package: of a folder, or of what `path` names. Raises OSError."""
-    files = sorted(path.iterdir()) if is_folder else members(path)
-    return [file_entry(file) for file in files]
-
-
-def file_entry(file: Path) -> FileEntry:
-    """Size and SHA-256 of one file. Raises OSError."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        return FileEntry(file.name, os.fstat(opened.fileno()).st_size, digest)
-
-
-def _package(
-    info: ExporterInfo, target: TargetPlan, path: Path, checks: Sequence[Check], about: Provenance
-) -> PackageEntry:
-    files = file_entries(path, is_folder=info.is_folder)
+def _package(to: Destination, package: Path, checks: Sequence[Check], about: Provenance) -> PackageEntry:
+    """package: its folder, its file, or the first of its files."""
+    found = contents(package)
     return PackageEntry(
-        format=info.name,
-        name=path.name,
-        is_folder=info.is_folder,
-        layout=target.layout,
-        n_bytes=sum(f.n_bytes for f in files),
-        files=files,
-        loads_in=list(target.loads_in),
+        format=to.info.name,
+        name=to.output.name,
+        is_folder=to.info.is_folder,
+        layout=to.target.layout,
+        n_bytes=found.n_bytes,
+        files=[FileEntry(name, record.n_bytes, record.sha256) for name, record in found.files.items()],
+        loads_in=list(to.target.loads_in),
         checks=[CheckEntry(c.name, c.detail, c.is_passed, c.is_skipped) for c in checks],
         provenance=about.facts(),
     )
-
-
-def _checks_of(also: Sequence[AlsoWritten], path: Path) -> Sequence[Check]:
-    return next(a.checks for a in also if a.path == path)
 
 
 def _source(planned: Planned) -> SourceEntry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2qconv.report.charts import Point, cloud
-from d2qconv.report.html import Cell, document, exact, figure, number, significant, size, table, tag, text
+from d2qconv.report.html import Cell, document, figure, number, significant, size, table, tag, text
 from d2qconv.report.schema import Report
 
 
@@ -82,4 +82,4 @@ def _step(listed: Sequence[Report], k: int) -> list[Cell]:
     if k == 0 or listed[k - 1].quality.kld <= 0:
         return [Cell("–")]
     ratio = listed[k].quality.kld / listed[k - 1].quality.kld
-    return [Cell(f"{ratio:.3f}", float(exact(ratio)))]
+    return [Cell(f"{ratio:.3f}", ratio)]

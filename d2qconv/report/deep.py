@@ -23,11 +23,13 @@ from d2qconv.checkpoint.digest import content_digest
 from d2qconv.errors import D2qError, InputError
 from d2qconv.exporters.base import Check, Exporter, Sizing
 from d2qconv.exporters.beside import named, page_of
+from d2qconv.exporters.contents import contents
+from d2qconv.exporters.file_set import members
+from d2qconv.exporters.manifest import FileRecord
 from d2qconv.foreign.read import open_float_source
-from d2qconv.report.collect import file_entries
 from d2qconv.report.html import carried, in_script
 from d2qconv.report.page import render
-from d2qconv.report.schema import FileEntry, PackageEntry, Report, decode, is_intact, read_bytes
+from d2qconv.report.schema import PackageEntry, Report, decode, is_intact, read_bytes
 
 #: Keys of a package's provenance without which there is nothing to compare.
 _NEEDED = ("fingerprint", "source")
@@ -100,29 +102,24 @@ def _page_check(report: Report, data: bytes, page: Path) -> Check:
 
 
 def _files_check(entry: PackageEntry, package: Path) -> Check:
-    path = package if entry.is_folder else package.with_name(_given(entry, package))
+    is_alone = not entry.is_folder and len(entry.files) == 1
+    first = package if entry.is_folder or is_alone else package.with_name(entry.files[0].name)
     try:
-        found = {f.name: f for f in file_entries(path, is_folder=entry.is_folder)}
+        whole = package if is_alone else package.with_name(entry.name)
+        names = {path.name for path in (first.iterdir() if entry.is_folder else members(whole))}
+        found = contents(first).files
     except OSError as error:
         return Check("files", f"cannot be read: {error.strerror or error}", False)
-    wanted = {f.name: f for f in entry.files}
-    wrong = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    if not entry.is_folder and len(entry.files) == 1 and _contents(wanted) == _contents(found):
-        # A file that was renamed is the same file.
-        wrong = []
+    except InputError as error:
+        return Check("files", error.what, False)
+    # A file that was renamed is the same file.
+    wanted = {package.name if is_alone else f.name: FileRecord(f.n_bytes, f.sha256) for f in entry.files}
+    every = sorted({*wanted, *found, *names})
+    wrong = [name for name in every if name not in wanted or wanted[name] != found.get(name)]
     if wrong:
         return Check("files", f"not as the report has them: {_listed(wrong)}", False)
-    n_bytes = sum(f.n_bytes for f in wanted.values())
+    n_bytes = sum(f.n_bytes for f in entry.files)
     return Check("files", f"{len(wanted)} with {n_bytes:,} bytes, by SHA-256 as in the report", True)
-
-
-def _contents(files: Mapping[str, FileEntry]) -> list[tuple[int, str]]:
-    return [(f.n_bytes, f.sha256) for f in files.values()]
-
-
-def _given(entry: PackageEntry, package: Path) -> str:
-    """The name that all files of a set are made of."""
-    return package.name if len(entry.files) == 1 else entry.name
 
 
 def _provenance_check(entry: PackageEntry, facts: Mapping[str, Any]) -> Check:

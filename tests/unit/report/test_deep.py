@@ -132,3 +132,23 @@ def test_a_source_that_cannot_be_read_is_one_failed_check(folder, tmp_path, conf
     checks = deep_checks(folder, report_of(folder), Plain(), str(source))
     assert verdicts(checks) == WELL | {"source": "failed"}
     assert "cannot be read" in checks[-1].detail
+
+
+def test_a_set_is_looked_at_by_the_name_of_any_of_its_files(tmp_path):
+    names = [f"m-0000{k}-of-00002.gguf" for k in (1, 2)]
+    files = {name: name.encode() for name in names}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    where = put(tmp_path / "m.gguf", of("m.gguf", files))
+    for name in names:
+        assert report_of(tmp_path / name) == where
+        assert verdicts(deep_checks(tmp_path / name, where, Plain())) == WELL
+    (tmp_path / "m-00003-of-00003.gguf").write_bytes(b"a stranger")
+    (tmp_path / names[1]).unlink()
+    assert verdicts(deep_checks(tmp_path / names[0], where, Plain())) == WELL | {"files": "failed"}
+
+
+def test_a_folder_with_anything_more_is_found(folder):
+    (folder / "inner").mkdir()
+    (check,) = [c for c in deep_checks(folder, report_of(folder), Plain()) if not c.is_passed]
+    assert check.detail == "not as the report has them: inner"

@@ -140,7 +140,7 @@ def histogram(
     first = max(math.floor(math.log10(edges[seen[0]]) + 1e-9), math.log10(edges[0]))
     last = min(math.ceil(math.log10(edges[seen[-1] + 1]) - 1e-9), math.log10(edges[-1]))
     scale = (WIDTH - 2 * left) / max(last - first, 1e-9)
-    most = max(*counts, 1)
+    most = max(counts, default=0) or 1
 
     def place(value: float) -> float:
         return left + (min(max(math.log10(max(value, edges[0])), first), last) - first) * scale
@@ -176,12 +176,12 @@ class Point:
 
 
 def curve(key: str, label: str, points: Sequence[Point], below: str) -> str:
-    """Values along whole numbers from 0. below: what the x axis counts."""
+    """Values along whole numbers from 0, some of which may be missing. below: what the x axis counts."""
     left, top, height, right = 40.0, 10.0, 150.0, 8.0
     most = max((p.y for p in points), default=0.0)
     most = most if most > 1e-12 else 1.0
     ticks = _ticks(most)
-    scale_x = (WIDTH - left - right) / max(len(points) - 1, 1)
+    scale_x = (WIDTH - left - right) / max(1.0, *(p.x for p in points), 1.0)
 
     def place(p: Point) -> tuple[float, float]:
         return left + p.x * scale_x, top + height * (1 - p.y / ticks[-1])
@@ -259,7 +259,7 @@ def cloud(
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     more = max((high - low) * 0.12, 0.03)
     return low - more, high + more
 

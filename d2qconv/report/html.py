@@ -15,6 +15,8 @@ from importlib.resources import files
 
 from d2qconv import progress
 
+#: Stands for a number that is not there.
+NONE = "–"
 #: Begins the JSON that a page carries along.
 _CARRIER = '<script type="application/json" id="report">'
 
@@ -42,8 +44,10 @@ def exact(value: float) -> str:
     return repr(value)
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """`0.0382`, `12.1`, `1.3e-05`: so many significant digits, an exponent only below a thousandth."""
+def significant(value: float | None, digits: int = 3) -> str:
+    """`0.0382`, `12.1`, `1.3e-05`: so many significant digits, an exponent only below a thousandth; a dash for None."""
+    if value is None:
+        return NONE
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e6:
@@ -56,6 +60,11 @@ def significant(value: float, digits: int = 3) -> str:
     if missing > 0:
         shown += ("" if "." in shown else ".") + "0" * missing
     return shown
+
+
+def perplexity(value: float | None) -> str:
+    """`11.235`; of a model that is broken with few digits, or a dash."""
+    return f"{value:.3f}" if value is not None and abs(value) < 1e9 else significant(value)
 
 
 def size(n_bytes: float) -> str:
@@ -93,7 +102,7 @@ class Cell:
 def number(value: float | None, shown: str | None = None) -> Cell:
     """A cell with a number; a dash for None."""
     if value is None:
-        return Cell("–")
+        return Cell(NONE)
     return Cell(significant(value) if shown is None else shown, value)
 
 

@@ -26,8 +26,9 @@ def write_report(run: RunFacts, watch: Watch) -> Path:
         data = encode(collect(run))
         # Of what was written, not of what is in memory: the page can be made again from the file.
         page = render(decode(data, str(report)), data)
-    except (OSError, D2qError) as error:
-        why = error.what if isinstance(error, D2qError) else error.strerror or error
+    except (OSError, D2qError, UnicodeError) as error:
+        # The last is the name of a file that is no text.
+        why = error.what if isinstance(error, D2qError) else getattr(error, "strerror", None) or error
         raise ExportError(
             f"the package is there, and its report could not be made: {why}",
             where=str(report),

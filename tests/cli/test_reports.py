@@ -9,9 +9,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from report_samples import sample
 
 from d2qconv import pipeline
+from d2qconv.calibrate.tokens import CalibrationTokens
 from d2qconv.commands.again import command_words
 from d2qconv.errors import InputError, RunError
 from d2qconv.job import check_places
@@ -170,12 +172,42 @@ def test_figures_that_cannot_be_compared_are_said_to_be():
     one = sample("a", 1000, 0.5)
     assert differences([one, sample("b", 2000, 0.25)]) == []
     other = msgspec.structs.replace(
-        one, tokens_sha256="other", source=msgspec.structs.replace(one.source, sha256="other")
+        one,
+        quality=msgspec.structs.replace(one.quality, held_out_sha256="other"),
+        source=msgspec.structs.replace(one.source, sha256="other"),
     )
     assert len(differences([one, other])) == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"report": 1}', "\xff", "[" * 100_000])
+def test_sequences_of_the_last_pass_alone_do_not_make_figures_incomparable():
+    """Q2 samples some for its last pass, Q4 has none; both are measured on the same ones."""
+    rows = torch.arange(24).reshape(6, 4)
+    plain = CalibrationTokens(rows[:4], rows[4:5], "")
+    own, other = replace(plain, own=rows[5:]), replace(plain, held_out=rows[5:])
+    found = [
+        msgspec.structs.replace(
+            report,
+            tokens_sha256=tokens.digest,
+            quality=msgspec.structs.replace(report.quality, held_out_sha256=tokens.held_out_digest),
+        )
+        for report, tokens in zip(
+            [sample(name, 1000, 0.5) for name in "abc"], (plain, own, other), strict=True
+        )
+    ]
+    assert found[0].tokens_sha256 != found[1].tokens_sha256
+    assert differences(found[:2]) == []
+    (why,) = differences(found)
+    assert "not measured on the same tokens" in why
+
+
+def test_a_report_of_another_version_is_one_clear_error(d2q, tmp_path):
+    path = tmp_path / "x.report.json"
+    path.write_text('{"report": 1, "digest": "", "whatever": 3}')
+    result = d2q("report", path)
+    assert (result.code, "a report of version 1, and this d2qconv reads version 2" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"report": 2}', "\xff", "[" * 100_000])
 def test_what_is_no_report_is_one_clear_error(d2q, tmp_path, text):
     path = tmp_path / "x.report.json"
     path.write_text(text, encoding="latin-1")

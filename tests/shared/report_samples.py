@@ -28,15 +28,16 @@ def sample(name: str, n_bytes: int, kld: float, *, content: bytes = b"") -> Repo
     return Report(
         report=VERSION,
         digest="",
-        package=PackageEntry("fake", name, False, "fakery", n_bytes, [file], ["fake.cpp"], [], {}),
+        package=PackageEntry("fake", name, False, "fakery", n_bytes, 8, 8, [file], ["fake.cpp"], [], {}),
         also=[],
         source=SourceEntry("m", "", "mit", "llama", 16, "s" * 64),
         bits_per_weight=4.0,
-        tensor_bytes=8,
         carrier="none",
         carrier_note="",
         warnings=[],
-        quality=Quality(kld, None, 10.0, 11.0, 0.75, 3, Spread({"50": kld}, [0.01, 0.1, 1.0], [1, 2])),
+        quality=Quality(
+            kld, None, 10.0, 11.0, 0.75, 3, "h" * 64, Spread({"50": kld}, [0.01, 0.1, 1.0], [1, 2])
+        ),
         contribution=None,
         blocks=[BlockEntry(0, 0.25, 1.5, 8, 4.0, None)],
         tensors=[tensor],
@@ -54,5 +55,6 @@ def sample(name: str, n_bytes: int, kld: float, *, content: bytes = b"") -> Repo
         activations="host",
         stages={"quantize": 1.5},
         seconds=2.0,
+        resumed_blocks=0,
         environment=Environment({"d2qconv": "0"}, "Linux", "cpu", 1, 1),
     )

@@ -6,41 +6,16 @@ import json
 
 import msgspec
 import pytest
-from report_samples import sample
+from report_samples import sample, whole
 
 from d2qconv.errors import InputError
 from d2qconv.report.charts import Bar, Point, bars, curve, histogram
 from d2qconv.report.compare import render_several
 from d2qconv.report.html import duration, significant, size
 from d2qconv.report.page import render
-from d2qconv.report.schema import (
-    AllocationEntry,
-    Contribution,
-    FoldEntry,
-    LastPassEntry,
-    decode,
-    encode,
-    is_intact,
-)
+from d2qconv.report.schema import decode, encode, is_intact
 
 STRANGE = (0, -1, 1e300, 5e-324, 2**70, 10**30, "", "\ud7ff</script>", None, [], {}, [[[]]], True)
-
-
-def whole():
-    """A sample with everything in it that may be missing."""
-    report = sample("m.gguf", 1000, 0.5)
-    note = LastPassEntry(6, True, "", 0.5, 0.25, 0.5, 0.375)
-    return msgspec.structs.replace(
-        report,
-        contribution=Contribution(0.125, [0.25], -0.125, 0.25, 0.5, 512),
-        folds=[FoldEntry("mean_shift", 0, "bias", 0.0, "of the norm", 0.5)],
-        allocation=AllocationEntry("--bpw 2", 100, 0.375, 64),
-        last_pass="6 steps",
-        last_pass_notes=note,
-        blocks=[msgspec.structs.replace(report.blocks[0], last_pass=note)],
-        also=[report.package],
-        warnings=["mind the gap"],
-    )
 
 
 def leaves(value, path=()):
@@ -86,6 +61,65 @@ def test_any_value_at_any_place_is_drawn_or_refused(strange):
         n_drawn += 1
     # Texts may be anything, and some numbers.
     assert n_drawn > 0 or strange in (1e300, 2**70, 10**30) or not isinstance(strange, str | int | float)
+
+
+def changed(report, path, value):
+    """The report as JSON with another value at a place."""
+    found = at = json.loads(encode(report))
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return json.dumps(found).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        (("quality", "spread"), {"quantiles": {}, "edges": [1.0], "counts": []}, "the bins"),
+        (("quality", "spread", "edges"), [0.1, 0.1, 1.0], "do not rise"),
+        (("package", "files"), [], "without a file"),
+        (("package", "files", 0, "name"), "../../etc/passwd", "the name of a package"),
+        (("also", 0, "name"), "..", "the name of a package"),
+        (("resumed_blocks",), 2, "more blocks were done before"),
+        (("tensors", 0, "n_bytes"), 1 << 61, "out of all range"),
+        (("quality", "kld"), 1e101, "out of all range"),
+        (("options", "seed"), 1 << 64, "out of all range"),
+        (("also", 0, "tensor_bytes"), -1, "negative"),
+    ],
+)
+def test_what_no_run_can_have_written_is_refused(path, value, why):
+    with pytest.raises(InputError, match=why):
+        decode(changed(whole(), path, value), "here")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("options", "seed"), (1 << 63) - 1),
+        (("options", "much"), 1e300),
+        (("quality", "perplexity"), 1e99),
+        (("quality", "kld"), None),
+        (("quality", "spread"), {"quantiles": {}, "edges": [5e-324, 1e100], "counts": [0]}),
+        (("quality", "spread", "quantiles"), {"50": None}),
+        (("contribution", "blocks"), [None]),
+        (("blocks", 0, "error"), None),
+        (("tensors",), []),
+        (("memory",), []),
+        (("stages",), {}),
+    ],
+)
+def test_what_a_run_may_write_is_drawn(path, value):
+    data = changed(whole(), path, value)
+    report = decode(data, "here")
+    assert not is_intact(data, report)
+    for page in (render(report, data), render_several([report, sample("other", 10, 0.25)])):
+        assert b"<svg" in page
+
+
+def test_packages_of_broken_models_alone_are_drawn():
+    broken = [decode(changed(sample(name, 10, 0.5), ("quality", "kld"), None), "") for name in "ab"]
+    assert render_several(broken).count(b"<circle") == 0
+    assert render_several([*broken, sample("c", 100, 0.5)]).count(b"<circle") == 1
 
 
 def test_a_changed_byte_is_seen_whatever_it_is():

@@ -273,9 +273,11 @@ def encode(report: Report) -> bytes:
 def decode(data: bytes, where: str) -> Report:
     """Inverse of `encode`; raises InputError for what is no report, or one of another version."""
     try:
-        version = msgspec.json.decode(data, type=_Head).report
+        # The library does not look at the characters of what it leaves out.
+        text = data.decode()
+        version = msgspec.json.decode(text, type=_Head).report
         if version == VERSION:
-            found = msgspec.json.decode(data, type=Report)
+            found = msgspec.json.decode(text, type=Report)
             fault = _fault(found)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(

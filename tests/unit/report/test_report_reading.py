@@ -116,6 +116,12 @@ def test_what_a_run_may_write_is_drawn(path, value):
         assert b"<svg" in page
 
 
+def test_what_is_no_text_is_refused_where_nobody_reads_it():
+    data = encode(whole()).replace(b'"digest"', b'"unknown": "\xff", "digest"', 1)
+    with pytest.raises(InputError, match="not a report"):
+        decode(data, "here")
+
+
 def test_packages_of_broken_models_alone_are_drawn():
     broken = [decode(changed(sample(name, 10, 0.5), ("quality", "kld"), None), "") for name in "ab"]
     assert render_several(broken).count(b"<circle") == 0

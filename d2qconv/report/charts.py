@@ -225,9 +225,10 @@ def _ticks(most: float) -> list[float]:
 def cloud(
     key: str, label: str, points: Sequence[Point], front: Sequence[Point], axes: tuple[str, str]
 ) -> str:
-    """Points on two logarithmic axes of positive numbers, those of the front joined. axes: names of x and y."""
+    """Points on two logarithmic axes of positive numbers. front: joined, whether among them or not. axes: names."""
     left, top, height, right = 46.0, 22.0, 190.0, 14.0
-    xs, ys = [math.log10(p.x) for p in points], [math.log10(p.y) for p in points]
+    every = [*points, *front]
+    xs, ys = [math.log10(p.x) for p in every], [math.log10(p.y) for p in every]
     (x0, x1), (y0, y1) = _widened(xs), _widened(ys)
 
     def place(p: Point) -> tuple[float, float]:

@@ -244,7 +244,9 @@ def _last_pass(notes: RefineNotes | None) -> LastPassEntry | None:
 
 def _allocation(planned: Planned) -> AllocationEntry | None:
     found = planned.allocation
-    return None if found is None else AllocationEntry(found.asked, found.budget, found.kld, found.n_tokens)
+    if found is None:
+        return None
+    return AllocationEntry(found.asked, found.budget, found.kld, found.n_tokens, list(found.curve))
 
 
 def _options(planned: Planned) -> dict[str, Any]:

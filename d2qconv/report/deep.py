@@ -55,8 +55,9 @@ def deep_checks(
     entry = _entry(report, package, report_path)
     checks = [_report_check(report, data), _page_check(report, data, page_of(report_path))]
     checks += [_files_check(entry, package), _provenance_check(entry, exporter.inspect(package))]
-    if isinstance(exporter, Sizing) and entry is report.package:
-        checks.append(_sizes_check(report, exporter.tensor_bytes(package)))
+    if isinstance(exporter, Sizing):
+        sizes = exporter.tensor_bytes(package)
+        checks.append(_sizes_check(report, sizes) if entry is report.package else _sum_check(entry, sizes))
     checks.append(_source_check(report, source, revision, progress))
     return checks
 
@@ -140,6 +141,15 @@ def _sizes_check(report: Report, sizes: Mapping[str, int]) -> Check:
         return Check("bytes of tensors", f"not as planned: {_listed(wrong)}", False)
     total = sum(t.n_bytes for t in report.tensors)
     return Check("bytes of tensors", f"{len(report.tensors)} take {total:,} bytes, each as planned", True)
+
+
+def _sum_check(entry: PackageEntry, sizes: Mapping[str, int]) -> Check:
+    """Of a further package the report has the sum alone."""
+    total = sum(sizes.values())
+    detail = f"{len(sizes)} take {total:,} bytes, as the report says"
+    if total != entry.written:
+        detail = f"{total:,} in all, and the report says {entry.written or 0:,}"
+    return Check("bytes of tensors", detail, total == entry.written)
 
 
 def _source_check(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import msgspec
+
 from d2qconv.report.charts import Bar, Point, bars, cloud, curve, heat_map, histogram
 from d2qconv.report.html import NONE, Cell, duration, figure, folded, number, significant, size, table
 from d2qconv.report.schema import Contribution, MemoryEntry, PackageEntry, Report, TensorEntry
@@ -172,17 +174,24 @@ def point(package: PackageEntry, kld: float, name: str = "") -> Point:
 
 
 def position(report: Report) -> Iterator[str]:
-    """The packages as points of divergence over size, and what the choice of types had promised."""
+    """The packages as points of divergence over size; where types were chosen, on the curve that there was."""
     kld = report.quality.kld
     if kld is None:
         return
     points = [point(package, kld) for package in (report.package, *report.also)]
+    curve: list[Point] = []
     note = "Mean KL divergence over the size of the package; both axes are logarithmic. "
     if report.allocation is not None:
-        points.append(point(report.package, report.allocation.kld, "predicted"))
-        note += "“predicted” is what the chosen types had promised. "
+        package = report.package
+        points.append(point(package, report.allocation.kld, "predicted"))
+        # The curve counts tensors alone.
+        besides = package.n_bytes - package.tensor_bytes
+        for n_bytes, nats in report.allocation.curve:
+            resized = msgspec.structs.replace(package, n_bytes=max(n_bytes + besides, 0))
+            curve.append(point(resized, nats, "choice"))
+        note += "The line is what other sizes were predicted to give, from the same types to choose from. "
     note += "“d2qconv report THIS.report.json OTHER.report.json -o PAGE.html” sets it beside packages of other runs."
-    yield figure("Divergence over size", cloud("position", note, points, [], AXES), note)
+    yield figure("Divergence over size", cloud("position", note, points, curve, AXES), note)
 
 
 def _memory(memory: MemoryEntry) -> str:

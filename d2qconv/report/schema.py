@@ -179,12 +179,16 @@ class FoldEntry(msgspec.Struct, frozen=True):
 
 
 class AllocationEntry(msgspec.Struct, frozen=True):
-    """A choice of types: what was asked for, and the divergence that it was predicted to give."""
+    """A choice of types: what was asked for, and the divergence that it was predicted to give.
+
+    curve: what there was to choose from, bytes of all tensors and predicted divergence from the smallest choice up.
+    """
 
     asked: str
     budget_bytes: int
     kld: float
     n_tokens: int
+    curve: list[tuple[int, float]]
 
 
 class MemoryEntry(msgspec.Struct, frozen=True):
@@ -385,7 +389,7 @@ def _numbers(value: object) -> Iterator[float]:
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _numbers(inner)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for inner in value:
             yield from _numbers(inner)
 

@@ -74,7 +74,7 @@ def whole() -> Report:
         report,
         contribution=Contribution(0.125, [0.25], -0.125, 0.25, 0.5, 512),
         folds=[FoldEntry("mean_shift", 0, "bias", 0.0, "of the norm", 0.5)],
-        allocation=AllocationEntry("--bpw 2", 100, 0.375, 64),
+        allocation=AllocationEntry("--bpw 2", 100, 0.375, 64, [(4, 0.75), (8, 0.375)]),
         last_pass="6 steps",
         last_pass_notes=note,
         blocks=[msgspec.structs.replace(report.blocks[0], last_pass=note)],

@@ -152,3 +152,15 @@ def test_a_folder_with_anything_more_is_found(folder):
     (folder / "inner").mkdir()
     (check,) = [c for c in deep_checks(folder, report_of(folder), Plain()) if not c.is_passed]
     assert check.detail == "not as the report has them: inner"
+
+
+def test_a_further_package_is_compared_by_the_sum_of_its_tensors(folder):
+    class Sized(Plain):
+        def tensor_bytes(self, path):
+            return {"a": 5, "b": 3}
+
+    report = of("m-onnx", {"a.onnx": b"one", "b.json": b"{}"}, is_folder=True)
+    for written, verdict in ((8, "ok"), (9, "failed"), (None, "failed")):
+        also = msgspec.structs.replace(report.package, written=written)
+        where = put(folder, msgspec.structs.replace(sample("m.gguf", 3, 0.5), also=[also]))
+        assert verdicts(deep_checks(folder, where, Sized())) == WELL | {"bytes of tensors": verdict}

@@ -32,6 +32,15 @@ def test_the_sample_itself_is_read_and_drawn():
     assert report == msgspec.structs.replace(whole(), digest=report.digest)
     assert is_intact(data, report)
     page = render(report, data).decode()
+    position = page[page.index('<svg id="position"') :].partition("</svg>")[0]
+    # The package, the same as a further one, and the prediction; the curve is a line.
+    assert [part.split('"')[0] for part in position.split('data-name="')[1:]] == [
+        "m.gguf",
+        "m.gguf",
+        "predicted",
+    ]
+    (curve,) = [part for part in position.split("<polyline ")[1:] if 'class="curve"' in part]
+    assert curve.split('points="')[1].split('"')[0].count(",") == 2
     for text in ("mind the gap", "chosen for --bpw 2", "last pass", "-0.125", "6 steps", "error removed"):
         assert text in page
 

@@ -249,14 +249,25 @@ def cloud(
         x = left + (math.log10(value) - x0) / (x1 - x0) * (WIDTH - left - right)
         parts.append(_text(x, floor + 14, f"{value:g}", "axis", "middle"))
     parts.append(_line([place(p) for p in front], "curve"))
+    names: list[tuple[float, float]] = []
     for p in points:
         x, y = place(p)
         parts.append(_dot(p, x, y, "dot"))
         is_right = x > WIDTH * 0.7
         # Names of the front above the curve, all others below their points.
-        at = (x - 6 if is_right else x + 6, y - 5 if p in front else y + 13)
+        at = _beside((x - 6 if is_right else x + 6, y - 5 if p in front else y + 13), names)
+        names.append(at)
         parts.append(_text(*at, p.name, "value", "end" if is_right else "start"))
     return _svg(key, floor + 34, label, *parts)
+
+
+def _beside(at: tuple[float, float], names: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """A place for a name that does not cover the last ones: there, or some lines lower."""
+    for line in range(8):
+        x, y = at[0], at[1] + 11 * line
+        if not any(abs(x - a) < 60 and abs(y - b) < 11 for a, b in names[-8:]):
+            return x, y
+    return at
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import msgspec
 import pytest
 from report_samples import sample, whole
 
 from d2qconv.errors import InputError
-from d2qconv.report.charts import Bar, Point, bars, curve, histogram
+from d2qconv.report.charts import Bar, Point, bars, cloud, curve, histogram
 from d2qconv.report.compare import render_several
 from d2qconv.report.html import duration, significant, size
 from d2qconv.report.page import render
@@ -188,3 +189,12 @@ def test_bars_below_zero_go_left_of_it():
 def test_a_curve_and_a_histogram_of_nothing_are_drawn():
     assert "<svg" in curve("k", "l", [Point("0", 0, 0.0, "")], "block")
     assert "<svg" in histogram("k", "l", [0.1, 1.0, 10.0], [0, 0], {})
+
+
+def test_names_of_points_that_lie_together_do_not_cover_each_other():
+    points = [Point(name, 1.0, 0.5 + k / 1000, "") for k, name in enumerate(("one", "two", "three"))]
+    drawn = cloud("k", "l", points, [], ("MB", "nats"))
+    names = [part for part in drawn.split("<text ") if 'class="value"' in part]
+    heights = sorted(float(part.split(' y="')[1].split('"')[0]) for part in names)
+    assert len(heights) == 3
+    assert all(b - a >= 11 for a, b in pairwise(heights))

@@ -24,14 +24,14 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.sample import sample_sequences
 from d2qconv.calibrate.text import FolderTokenizer
 from d2qconv.calibrate.tokens import check_vocabulary, is_hub_name, read_stream
-from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
+from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import InputError, PluginError, RunError, VerifyError
 from d2qconv.exporters.base import ExporterInfo
 from d2qconv.exporters.contents import contents
 from d2qconv.exporters.manifest import file_record
 from d2qconv.exporters.package import atomic_output
 from d2qconv.exporters.runtime import Evaluating, LoadedPackage, Tokenizer
-from d2qconv.foreign.read import read_foreign
+from d2qconv.foreign.read import open_float_source
 from d2qconv.gather import Source, read_weights
 from d2qconv.harness import WINDOW, TaskRun, check_installed, harness_version, run_tasks
 from d2qconv.measure.chunks import Chunks, check_context, cut
@@ -176,11 +176,8 @@ def _open_source(asked: Evaluation) -> _Opened | None:
         raise InputError(f"a seed is between 0 and 2^33, not {asked.seed}", where="--seed")
     if asked.source is None:
         return None
-    checkpoint = open_checkpoint(asked.source, revision=asked.revision)
-    foreign = read_foreign(checkpoint)
-    if foreign is not None:
-        # What another tool has quantized is the source of a package that holds its values.
-        checkpoint = foreign.checkpoint
+    # What another tool has quantized is the source of a package that holds its values.
+    checkpoint = open_float_source(asked.source, asked.revision)
     model = bind(checkpoint)
     check_context(asked.context, model.max_positions, "the source")
     return _Opened(checkpoint, model, choose_device(asked.device))

@@ -171,7 +171,8 @@ def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
         fingerprint=content,
         seconds=time.monotonic() - started,
         also=tuple(
-            AlsoWritten(to.info.name, to.output, package.n_bytes, checks) for to, (package, checks) in others
+            AlsoWritten(to.info.name, package.path, package.n_bytes, checks)
+            for to, (package, checks) in others
         ),
     )
 

@@ -22,7 +22,7 @@ from d2qconv.walk.rounding import TensorError
 
 @dataclass(frozen=True)
 class AlsoWritten:
-    """A further package of the same codes. format: the exporter's name."""
+    """A further package of the same codes. format: the exporter's name. path: its first file if it has several."""
 
     format: str
     path: Path
@@ -38,7 +38,8 @@ class Outcome:
     by the float reference. peaks: memory as measured; footprint: as predicted. last_pass: what came of it, in words,
     empty if there was none; kld_unrefined: before it, where it changed the whole model. allocation: the choice of
     types, where one was made; its `kld` is what was predicted. also: further packages. report: its JSON file, if one
-    was written.
+    was written. seconds and peaks are of this process; of the n_blocks of the model, resumed_blocks were done by an
+    earlier one that was cut off.
     """
 
     path: Path
@@ -62,6 +63,8 @@ class Outcome:
     allocation: Allocation | None = None
     also: tuple[AlsoWritten, ...] = ()
     report: Path | None = None
+    n_blocks: int = 0
+    resumed_blocks: int = 0
 
 
 def outcome_of(
@@ -95,6 +98,8 @@ def outcome_of(
         last_pass=_last_pass(planned, result),
         kld_unrefined=None if result.unrefined is None else result.unrefined.mean_kl,
         allocation=planned.allocation,
+        n_blocks=len(result.blocks),
+        resumed_blocks=sum(block.is_resumed for block in result.blocks),
     )
 
 

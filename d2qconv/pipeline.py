@@ -308,7 +308,7 @@ def _others(
         same = recoded(model, grids_of(also.target))
         written = written_package(also, same, planned.checkpoint, planned.job.overwrite, watch)
         package, checks = packages.enter_context(written)
-        found.append(AlsoWritten(also.info.name, also.output, package.n_bytes, checks))
+        found.append(AlsoWritten(also.info.name, package.path, package.n_bytes, checks))
     return tuple(found)
 
 

@@ -101,6 +101,14 @@ class Stages:
         self._watch.note(text)
 
 
+def resumed(n_resumed: int, n_blocks: int) -> str:
+    """What times and memory of a run that went on do not tell."""
+    return (
+        f"{n_resumed} of {n_blocks} blocks were done by an earlier process, which was cut off; "
+        "times and memory are of the last one"
+    )
+
+
 def duration(seconds: float) -> str:
     """`1 h 05 min`, `2 min 10 s`, `8 s`."""
     whole = round(seconds)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2qconv import __version__
-from d2qconv.allocate.choose import Item, choose, least
+from d2qconv.allocate.choose import Item, choose, frontier, least
 from d2qconv.allocate.sensitivity import JUDGED, MEASURED, Measuring, Sensitivity, Storage, n_sequences
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import gibibytes
@@ -25,6 +25,8 @@ from d2qconv.run import Recipe
 from d2qconv.walk.activations import Placement
 from d2qconv.walk.rounding import Rounder
 
+#: Most points of the curve that a choice is made on, besides its last one.
+CURVE = 48
 #: Bytes of an f32.
 _F32 = 4
 
@@ -40,12 +42,17 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A type for every matrix. asked: in the user's words; budget: bytes of all tensors. n_tokens: measured on."""
+    """A type for every matrix. asked: in the user's words; budget: bytes of all tensors. n_tokens: measured on.
+
+    curve: what there was to choose from, bytes of all tensors and predicted cost from the smallest choice up; some
+    CURVE points of `choose.frontier`.
+    """
 
     asked: str
     budget: int
     tensors: Mapping[TensorId, Chosen]
     n_tokens: int
+    curve: tuple[tuple[int, float], ...] = ()
 
     @property
     def kld(self) -> float:
@@ -116,7 +123,10 @@ def allocate(candidates: Candidates, measured: Sensitivity) -> Allocation:
         tensor: Chosen(candidates.options[tensor][k].storage, item.sizes[k], item.losses[k])
         for tensor, item, k in zip(tensors, items, numbers, strict=True)
     }
-    return Allocation(candidates.asked, candidates.n_bytes, chosen, measured.n_tokens)
+    curve = [(candidates.fixed_bytes + n_bytes, kld) for n_bytes, kld in frontier(items)]
+    every = max(-(-len(curve) // CURVE), 1)
+    curve = [*curve[:-1:every], curve[-1]]
+    return Allocation(candidates.asked, candidates.n_bytes, chosen, measured.n_tokens, tuple(curve))
 
 
 def refusals(candidates: Candidates, recipe: Recipe) -> Iterator[Refusal]:

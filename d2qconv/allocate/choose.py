@@ -38,6 +38,34 @@ def least(items: Sequence[Item]) -> int:
     return sum(min(item.sizes) for item in items)
 
 
+def frontier(items: Sequence[Item]) -> list[tuple[int, float]]:
+    """Bytes and loss of the choices that lie on the lower convex hull of all choices, from the smallest one up.
+
+    None of as few bytes loses less than they do. Each follows from the one before by the exchange, of a single item,
+    that gains most for a byte; equal gains in the order of the items.
+    """
+    n_bytes, loss = 0, 0.0
+    exchanges: list[tuple[float, int, int, float]] = []
+    for i, item in enumerate(items):
+        now = item.cheapest
+        n_bytes, loss = n_bytes + item.sizes[now], loss + item.losses[now]
+        while True:
+            size, lost = item.sizes[now], item.losses[now]
+            better = [k for k, other in enumerate(item.losses) if item.sizes[k] > size and other < lost]
+            if not better:
+                break
+            # The steepest way down; of equally steep ones the longest.
+            slope, _, now = min(
+                ((item.losses[k] - lost) / (item.sizes[k] - size), -item.sizes[k], k) for k in better
+            )
+            exchanges.append((slope, i, item.sizes[now] - size, item.losses[now] - lost))
+    found = [(n_bytes, loss)]
+    for _, _, more, change in sorted(exchanges):
+        n_bytes, loss = n_bytes + more, loss + change
+        found.append((n_bytes, loss))
+    return found
+
+
 def choose(items: Sequence[Item], budget: int, max_bins: int = MAX_BINS) -> tuple[int, ...]:
     """For every item the number of its option. Raises ValueError if even the smallest choice exceeds the budget."""
     if any(not math.isfinite(loss) for item in items for loss in item.losses):

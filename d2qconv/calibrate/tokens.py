@@ -49,7 +49,16 @@ class CalibrationTokens:
     def digest(self) -> str:
         """SHA-256 over all arrays, little-endian i64, hex."""
         arrays = [self.calibration, self.held_out, *([] if self.own is None else [self.own])]
-        return hashlib.sha256(torch.cat(arrays).numpy().astype("<i8").tobytes()).hexdigest()
+        return _digest(torch.cat(arrays))
+
+    @property
+    def held_out_digest(self) -> str:
+        """The same of the held-out sequences alone: runs that are measured on the same tokens agree in it."""
+        return _digest(self.held_out)
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def load_tokens(

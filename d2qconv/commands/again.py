@@ -40,9 +40,9 @@ def _option(name: str, value: object, default: object) -> Iterator[str]:
         yield name if value else name.replace("--", "--no-", 1)
     elif isinstance(value, tuple | list):
         for one in value:
-            yield from (name, _name(str(one)))
+            yield from (name, _also(one) if name == "--also" else _name(one))
     else:
-        yield from (name, _name(str(value)))
+        yield from (name, _name(value))
 
 
 def _default(field: dataclasses.Field[object]) -> object:
@@ -51,15 +51,18 @@ def _default(field: dataclasses.Field[object]) -> object:
     return field.default
 
 
-def _name(value: str) -> str:
-    """A file's or folder's own name; anything else, such as `org/model` or `onnx=folder`, as it is.
+def _name(value: object) -> str:
+    """A file's or folder's own name, there or not yet; anything else, such as `org/model`, as it is."""
+    if isinstance(value, Path):
+        return value.name
+    text = str(value)
+    return Path(text).resolve().name if Path(text).expanduser().exists() else text
 
-    `FORMAT=PATH` keeps the format.
-    """
-    head, given, path = value.partition("=")
-    if given and ("/" in path or Path(path).exists()):
-        return f"{head}={Path(path).name}"
-    return Path(value).resolve().name if Path(value).expanduser().exists() else value
+
+def _also(value: object) -> str:
+    """`FORMAT=PATH` without the folders of the path."""
+    head, _, path = str(value).partition("=")
+    return f"{head}={Path(path).name}"
 
 
 def _dashed(name: str) -> str:

@@ -54,13 +54,10 @@ def write_page(files: list[Path], page: Path, *, overwrite: bool) -> int:
     from d2qconv.exporters.package import atomic_output
     from d2qconv.report.compare import render_several
     from d2qconv.report.page import render
-    from d2qconv.report.schema import decode, read_bytes, read_report
+    from d2qconv.report.schema import read_intact
 
-    if len(files) == 1:
-        data = read_bytes(files[0])
-        made = render(decode(data, str(files[0])), data)
-    else:
-        made = render_several([read_report(file) for file in files])
+    read = [read_intact(file) for file in files]
+    made = render(*read[0]) if len(read) == 1 else render_several([report for report, _ in read])
     with atomic_output(page, overwrite=overwrite) as partial:
         partial.write_bytes(made)
     return len(made)

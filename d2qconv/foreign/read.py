@@ -10,7 +10,7 @@ import torch
 
 from d2qconv.arch.bind import checkpoint_names
 from d2qconv.checkpoint.dense import Dense
-from d2qconv.checkpoint.open import QUANTIZED_KEYS, Checkpoint, is_quantized
+from d2qconv.checkpoint.open import QUANTIZED_KEYS, Checkpoint, is_quantized, open_checkpoint
 from d2qconv.errors import InputError, Refusal, refuse
 from d2qconv.foreign.compressed import read_compressed
 from d2qconv.foreign.gptq import read_auto_round, read_awq, read_gptq
@@ -62,6 +62,16 @@ def read_foreign(checkpoint: Checkpoint) -> Foreign | None:
             f"config.json says {method}, and there are no arrays of it", where=str(checkpoint.path)
         )
     return Foreign(_dialect(str(method), config), _floats(checkpoint, linears), linears)
+
+
+def open_float_source(name: str, revision: str | None = None) -> Checkpoint:
+    """The source of a package as the run saw it: a folder or hub id, decoded where another tool has quantized it.
+
+    Raises InputError, PlanError.
+    """
+    checkpoint = open_checkpoint(name, revision=revision)
+    foreign = read_foreign(checkpoint)
+    return checkpoint if foreign is None else foreign.checkpoint
 
 
 def _dialect(method: str, config: Mapping[str, Any]) -> str:

@@ -140,7 +140,7 @@ def histogram(
     first = max(math.floor(math.log10(edges[seen[0]]) + 1e-9), math.log10(edges[0]))
     last = min(math.ceil(math.log10(edges[seen[-1] + 1]) - 1e-9), math.log10(edges[-1]))
     scale = (WIDTH - 2 * left) / max(last - first, 1e-9)
-    most = max(*counts, 1)
+    most = max(counts, default=0) or 1
 
     def place(value: float) -> float:
         return left + (min(max(math.log10(max(value, edges[0])), first), last) - first) * scale
@@ -176,12 +176,12 @@ class Point:
 
 
 def curve(key: str, label: str, points: Sequence[Point], below: str) -> str:
-    """Values along whole numbers from 0. below: what the x axis counts."""
+    """Values along whole numbers from 0, some of which may be missing. below: what the x axis counts."""
     left, top, height, right = 40.0, 10.0, 150.0, 8.0
     most = max((p.y for p in points), default=0.0)
     most = most if most > 1e-12 else 1.0
     ticks = _ticks(most)
-    scale_x = (WIDTH - left - right) / max(len(points) - 1, 1)
+    scale_x = (WIDTH - left - right) / max(1.0, *(p.x for p in points), 1.0)
 
     def place(p: Point) -> tuple[float, float]:
         return left + p.x * scale_x, top + height * (1 - p.y / ticks[-1])
@@ -225,9 +225,10 @@ def _ticks(most: float) -> list[float]:
 def cloud(
     key: str, label: str, points: Sequence[Point], front: Sequence[Point], axes: tuple[str, str]
 ) -> str:
-    """Points on two logarithmic axes of positive numbers, those of the front joined. axes: names of x and y."""
+    """Points on two logarithmic axes of positive numbers. front: joined, whether among them or not. axes: names."""
     left, top, height, right = 46.0, 22.0, 190.0, 14.0
-    xs, ys = [math.log10(p.x) for p in points], [math.log10(p.y) for p in points]
+    every = [*points, *front]
+    xs, ys = [math.log10(p.x) for p in every], [math.log10(p.y) for p in every]
     (x0, x1), (y0, y1) = _widened(xs), _widened(ys)
 
     def place(p: Point) -> tuple[float, float]:
@@ -248,18 +249,29 @@ def cloud(
         x = left + (math.log10(value) - x0) / (x1 - x0) * (WIDTH - left - right)
         parts.append(_text(x, floor + 14, f"{value:g}", "axis", "middle"))
     parts.append(_line([place(p) for p in front], "curve"))
+    names: list[tuple[float, float]] = []
     for p in points:
         x, y = place(p)
         parts.append(_dot(p, x, y, "dot"))
         is_right = x > WIDTH * 0.7
         # Names of the front above the curve, all others below their points.
-        at = (x - 6 if is_right else x + 6, y - 5 if p in front else y + 13)
+        at = _beside((x - 6 if is_right else x + 6, y - 5 if p in front else y + 13), names)
+        names.append(at)
         parts.append(_text(*at, p.name, "value", "end" if is_right else "start"))
     return _svg(key, floor + 34, label, *parts)
 
 
+def _beside(at: tuple[float, float], names: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """A place for a name that does not cover the last ones: there, or some lines lower."""
+    for line in range(8):
+        x, y = at[0], at[1] + 11 * line
+        if not any(abs(x - a) < 60 and abs(y - b) < 11 for a, b in names[-8:]):
+            return x, y
+    return at
+
+
 def _widened(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     more = max((high - low) * 0.12, 0.03)
     return low - more, high + more
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -18,15 +17,17 @@ import torch
 from d2qconv import __version__
 from d2qconv.budget import Peaks
 from d2qconv.calibrate.tokens import CalibrationTokens
-from d2qconv.exporters.base import Check, ExporterInfo, FloatType, Sizing, TargetPlan, TensorPlan
-from d2qconv.exporters.file_set import members
+from d2qconv.exporters.base import Check, Exporter, FloatType, Sizing, TensorPlan
+from d2qconv.exporters.contents import contents
+from d2qconv.fold.corrections import FoldRecord
 from d2qconv.ir.model import Provenance
-from d2qconv.job import Planned
+from d2qconv.job import Destination, Planned
 from d2qconv.measure.metrics import Divergence
 from d2qconv.measure.spread import kl_spread
-from d2qconv.outcome import AlsoWritten, Outcome
+from d2qconv.outcome import Outcome
 from d2qconv.refine.settings import RefineNotes
 from d2qconv.report.schema import (
+    LARGEST,
     VERSION,
     AllocationEntry,
     BlockEntry,
@@ -36,6 +37,7 @@ from d2qconv.report.schema import (
     FileEntry,
     FoldEntry,
     LastPassEntry,
+    Measured,
     MemoryEntry,
     PackageEntry,
     Quality,
@@ -65,20 +67,22 @@ class RunFacts:
 
 
 def collect(run: RunFacts) -> Report:
-    """The report of a run whose packages are in their places; reads every file of them once. Raises OSError."""
+    """The report of a run whose packages are in their places; reads every file of them once.
+
+    Raises InputError for a file that cannot be read.
+    """
     planned, outcome = run.planned, run.outcome
     tensors = _tensors(run)
     return Report(
         report=VERSION,
         digest="",
-        package=_package(planned.job.exporter, planned.target, planned.job.output, outcome.checks, run.about),
+        package=_package(planned.main, outcome.path, outcome.checks, run.about),
         also=[
-            _package(also.info, also.target, also.output, _checks_of(outcome.also, also.output), run.about)
-            for also in planned.also
+            _package(to, written.path, written.checks, run.about)
+            for to, written in zip(planned.also, outcome.also, strict=True)
         ],
         source=_source(planned),
         bits_per_weight=outcome.bits_per_weight,
-        tensor_bytes=planned.target.n_bytes,
         carrier=planned.target.carrier.value,
         carrier_note=planned.target.carrier_note,
         warnings=list(planned.target.warnings),
@@ -100,42 +104,37 @@ def collect(run: RunFacts) -> Report:
         activations=outcome.footprint.place.value,
         stages=dict(run.stages),
         seconds=outcome.seconds,
+        resumed_blocks=outcome.resumed_blocks,
         environment=_environment(planned, run.n_processes),
     )
 
 
-def file_entries(path: Path, *, is_folder: bool) -> list[FileEntry]:
-    """Size and SHA-256 of every file of a package: of a folder, or of what `path` names. Raises OSError."""
-    files = sorted(path.iterdir()) if is_folder else members(path)
-    return [file_entry(file) for file in files]
+def measured(number: float | None) -> Measured:
+    """What the report has for a number: itself, or None if it is not finite or beyond `LARGEST`."""
+    return number if number is not None and abs(number) <= LARGEST else None
 
 
-def file_entry(file: Path) -> FileEntry:
-    """Size and SHA-256 of one file. Raises OSError."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        return FileEntry(file.name, os.fstat(opened.fileno()).st_size, digest)
-
-
-def _package(
-    info: ExporterInfo, target: TargetPlan, path: Path, checks: Sequence[Check], about: Provenance
-) -> PackageEntry:
-    files = file_entries(path, is_folder=info.is_folder)
+def _package(to: Destination, package: Path, checks: Sequence[Check], about: Provenance) -> PackageEntry:
+    """package: its folder, its file, or the first of its files."""
+    found, sizes = contents(package), _sizes(to.exporter, package)
     return PackageEntry(
-        format=info.name,
-        name=path.name,
-        is_folder=info.is_folder,
-        layout=target.layout,
-        n_bytes=sum(f.n_bytes for f in files),
-        files=files,
-        loads_in=list(target.loads_in),
+        format=to.info.name,
+        name=to.output.name,
+        is_folder=to.info.is_folder,
+        layout=to.target.layout,
+        n_bytes=found.n_bytes,
+        tensor_bytes=to.target.n_bytes,
+        written=sum(sizes.values()) if sizes else None,
+        files=[FileEntry(name, record.n_bytes, record.sha256) for name, record in found.files.items()],
+        loads_in=list(to.target.loads_in),
         checks=[CheckEntry(c.name, c.detail, c.is_passed, c.is_skipped) for c in checks],
         provenance=about.facts(),
     )
 
 
-def _checks_of(also: Sequence[AlsoWritten], path: Path) -> Sequence[Check]:
-    return next(a.checks for a in also if a.path == path)
+def _sizes(exporter: Exporter, package: Path) -> Mapping[str, int]:
+    """Bytes of the package's tensors by stored name, as the file says; empty where its exporter does not tell."""
+    return exporter.tensor_bytes(package) if isinstance(exporter, Sizing) else {}
 
 
 def _source(planned: Planned) -> SourceEntry:
@@ -154,14 +153,15 @@ def _quality(run: RunFacts) -> Quality:
     judged: Divergence = run.result.divergence
     spread = kl_spread(torch.cat(judged.kl))
     return Quality(
-        kld=run.outcome.kld,
-        kld_unrefined=run.outcome.kld_unrefined,
-        perplexity_source=run.outcome.perplexity_source,
-        perplexity=run.outcome.perplexity,
+        kld=measured(run.outcome.kld),
+        kld_unrefined=measured(run.outcome.kld_unrefined),
+        perplexity_source=measured(run.outcome.perplexity_source),
+        perplexity=measured(run.outcome.perplexity),
         same_top=run.outcome.same_top,
         n_tokens=run.outcome.n_tokens,
+        held_out_sha256=run.tokens.held_out_digest,
         spread=Spread(
-            {f"{p:g}": value for p, value in spread.quantiles.items()},
+            {f"{p:g}": measured(value) for p, value in spread.quantiles.items()},
             list(spread.edges),
             list(spread.counts),
         ),
@@ -173,7 +173,12 @@ def _contribution(result: WalkResult) -> Contribution | None:
     if found is None:
         return None
     return Contribution(
-        found.embedding, list(found.blocks), found.output, found.last_pass, found.total, found.n_tokens
+        measured(found.embedding),
+        [measured(nats) for nats in found.blocks],
+        measured(found.output),
+        measured(found.last_pass),
+        measured(found.total),
+        found.n_tokens,
     )
 
 
@@ -181,9 +186,7 @@ def _tensors(run: RunFacts) -> list[TensorEntry]:
     planned = run.planned
     errors = {e.tensor: e for e in run.outcome.errors}
     chosen = {} if planned.allocation is None else planned.allocation.tensors
-    written: Mapping[str, int] = {}
-    if isinstance(planned.exporter, Sizing):
-        written = planned.exporter.tensor_bytes(run.outcome.path)
+    written = _sizes(planned.exporter, run.outcome.path)
 
     def entry(t: TensorPlan) -> TensorEntry:
         error = None if isinstance(t.storage, FloatType) else errors.get(str(t.id))
@@ -198,9 +201,9 @@ def _tensors(run: RunFacts) -> list[TensorEntry]:
             n_bytes=t.n_bytes,
             written=written.get(t.stored_as),
             bits_per_weight=8 * t.n_bytes / math.prod(t.shape),
-            weight_error=None if error is None else error.weight,
-            output_error=None if error is None else error.output,
-            kld=chosen[t.id].kld if t.id in chosen else None,
+            weight_error=None if error is None else measured(error.weight),
+            output_error=None if error is None else measured(error.output),
+            kld=measured(chosen[t.id].kld) if t.id in chosen else None,
             note=t.note,
         )
 
@@ -216,7 +219,7 @@ def _blocks(result: WalkResult, tensors: Sequence[TensorEntry]) -> list[BlockEnt
         found.append(
             BlockEntry(
                 index=record.index,
-                error=record.error,
+                error=measured(record.error),
                 seconds=record.seconds,
                 n_bytes=sum(t.n_bytes for t in own),
                 bits_per_weight=8 * sum(t.n_bytes for t in matrices) / max(n_weights, 1),
@@ -226,17 +229,24 @@ def _blocks(result: WalkResult, tensors: Sequence[TensorEntry]) -> list[BlockEnt
     return found
 
 
-def _fold(fold: Any) -> FoldEntry:
-    return FoldEntry(fold.name, fold.block, fold.carrier, fold.residual, fold.meaning, fold.explained)
+def _fold(fold: FoldRecord) -> FoldEntry:
+    residual, explained = measured(fold.residual), measured(fold.explained)
+    return FoldEntry(fold.name, fold.block, fold.carrier, residual, fold.meaning, explained)
 
 
 def _last_pass(notes: RefineNotes | None) -> LastPassEntry | None:
-    return None if notes is None else LastPassEntry(**msgspec.structs.asdict(notes))
+    if notes is None:
+        return None
+    trained = measured(notes.trained_before), measured(notes.trained_after)
+    reserved = measured(notes.reserved_before), measured(notes.reserved_after)
+    return LastPassEntry(notes.steps, notes.kept, notes.why, *trained, *reserved)
 
 
 def _allocation(planned: Planned) -> AllocationEntry | None:
     found = planned.allocation
-    return None if found is None else AllocationEntry(found.asked, found.budget, found.kld, found.n_tokens)
+    if found is None:
+        return None
+    return AllocationEntry(found.asked, found.budget, found.kld, found.n_tokens, list(found.curve))
 
 
 def _options(planned: Planned) -> dict[str, Any]:
@@ -246,6 +256,11 @@ def _options(planned: Planned) -> dict[str, Any]:
     found: dict[str, Any] = {
         "recipe": asdict(job.recipe),
         "calibration": asdict(job.calibration) | {"source": _public(job.calibration.source)},
+        "carrier": None if job.carrier is None else job.carrier.value,
+        "also": [f"{also.exporter.name}={also.output.name}" for also in job.also],
+        "requantize": job.requantize,
+        "revision": job.revision,
+        "device": planned.device.type if job.device is None else job.device,
         "last_pass": {"scope": planned.last_pass.scope, "steps": planned.last_pass.steps},
         job.exporter.name: {name: _public(value) for name, value in own.items()},
     }

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from d2qconv.report.charts import Point, cloud
-from d2qconv.report.html import Cell, document, exact, figure, number, significant, size, table, tag, text
-from d2qconv.report.schema import Report
+from d2qconv.report.html import (
+    NONE,
+    Cell,
+    document,
+    figure,
+    number,
+    perplexity,
+    significant,
+    table,
+    tag,
+    text,
+)
+from d2qconv.report.plots import AXES, point
+from d2qconv.report.schema import LARGEST, Report
 
 
 def render_several(reports: Sequence[Report]) -> bytes:
     """The page, smallest package first. Equal reports give equal pages."""
-    listed = sorted(reports, key=lambda r: (r.package.n_bytes, r.quality.kld))
+    listed = sorted(reports, key=_place)
     front = pareto(listed)
     rows = ([*_row(r), *_step(listed, k), Cell("yes" if r in front else "no")] for k, r in enumerate(listed))
     names = ("package", "type", "bytes", "bits per weight", "KL divergence", "same top", "perplexity", "method",
@@ -19,7 +32,7 @@ def render_several(reports: Sequence[Report]) -> bytes:
     ladder = table("ladder", "Smallest first; KL divergence in nats per token", names, rows)
     note = "Mean KL divergence from the source over the size of the package; both axes are logarithmic. Joined are the "
     note += "packages that none is both smaller and closer than."
-    drawing = cloud("pareto", note, [_point(r) for r in listed], [_point(r) for r in front], ("MB", "nats"))
+    drawing = cloud("pareto", note, _points(listed), _points(front), AXES)
     warnings = [tag("li", {}, text(w)) for w in differences(listed)]
     body = tag(
         "main",
@@ -38,10 +51,16 @@ def render_several(reports: Sequence[Report]) -> bytes:
 def pareto(reports: Sequence[Report]) -> list[Report]:
     """Those that no other one beats in size or divergence without losing in the other; by size."""
     found: list[Report] = []
-    for report in sorted(reports, key=lambda r: (r.package.n_bytes, r.quality.kld)):
-        if not found or report.quality.kld < found[-1].quality.kld:
+    for report in sorted(reports, key=_place):
+        if not found or _place(report)[1] < _place(found[-1])[1]:
             found.append(report)
     return found
+
+
+def _place(report: Report) -> tuple[int, float]:
+    """Size, and divergence: what was not finite is the worst."""
+    kld = report.quality.kld
+    return report.package.n_bytes, math.inf if kld is None else kld
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
@@ -49,18 +68,16 @@ def differences(reports: Sequence[Report]) -> list[str]:
     found = []
     if len({r.source.sha256 for r in reports}) > 1:
         found.append("They are of different sources: their divergences say nothing about each other.")
-    if len({r.tokens_sha256 for r in reports}) > 1:
+    if len({r.quality.held_out_sha256 for r in reports}) > 1:
         found.append(
             "They were not measured on the same tokens: small differences of the divergence mean nothing."
         )
     return found
 
 
-def _point(report: Report) -> Point:
-    # A divergence of zero has no place on a logarithmic axis.
-    kld, n = max(report.quality.kld, 1e-9), report.package.n_bytes
-    tip = f"{report.package.name}: {size(n)}, {significant(report.quality.kld, 4)} nats"
-    return Point(report.package.name, max(n, 1) / 1e6, kld, tip)
+def _points(reports: Sequence[Report]) -> list[Point]:
+    """Those that have a divergence."""
+    return [point(r.package, r.quality.kld) for r in reports if r.quality.kld is not None]
 
 
 def _row(report: Report) -> list[Cell]:
@@ -72,14 +89,14 @@ def _row(report: Report) -> list[Cell]:
         number(report.bits_per_weight, f"{report.bits_per_weight:.3f}"),
         number(q.kld, significant(q.kld, 4)),
         number(q.same_top, f"{q.same_top:.1%}"),
-        number(q.perplexity, f"{q.perplexity:.3f}"),
+        number(q.perplexity, perplexity(q.perplexity)),
         Cell(report.recipe),
     ]
 
 
 def _step(listed: Sequence[Report], k: int) -> list[Cell]:
     """The ratio to the row above."""
-    if k == 0 or listed[k - 1].quality.kld <= 0:
-        return [Cell("–")]
-    ratio = listed[k].quality.kld / listed[k - 1].quality.kld
-    return [Cell(f"{ratio:.3f}", float(exact(ratio)))]
+    before, kld = listed[k - 1].quality.kld if k else None, listed[k].quality.kld
+    if before is None or kld is None or before <= 0 or kld / before > LARGEST:
+        return [Cell(NONE)]
+    return [Cell(f"{kld / before:.3f}", kld / before)]

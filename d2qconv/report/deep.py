@@ -1,7 +1,7 @@
 """`verify --deep`: computes again everything that a package's report says and that can be computed.
 
 - report: report.json is, to the byte, what was written (its own digest);
-- page: the page beside it is what the report gives;
+- page: the page beside it is what the report gives; of a page that another version drew, that it carries the report;
 - files: size and SHA-256 of every file of the package, and no file more;
 - provenance: what the package's own metadata say of its source and making is what the report says;
 - bytes of tensors: the package's own headers give every tensor the bytes that the report says;
@@ -17,15 +17,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2qconv import __version__
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.digest import content_digest
-from d2qconv.checkpoint.open import open_checkpoint
-from d2qconv.errors import InputError
+from d2qconv.errors import D2qError, InputError
 from d2qconv.exporters.base import Check, Exporter, Sizing
-from d2qconv.exporters.beside import page_of
-from d2qconv.report.collect import file_entries
+from d2qconv.exporters.beside import named, page_of
+from d2qconv.exporters.contents import contents
+from d2qconv.exporters.file_set import members
+from d2qconv.exporters.manifest import FileRecord
+from d2qconv.foreign.read import open_float_source
+from d2qconv.report.html import carried, in_script
 from d2qconv.report.page import render
-from d2qconv.report.schema import FileEntry, PackageEntry, Report, decode, is_intact, read_bytes
+from d2qconv.report.schema import PackageEntry, Report, decode, is_intact, read_bytes
 
 #: Keys of a package's provenance without which there is nothing to compare.
 _NEEDED = ("fingerprint", "source")
@@ -42,15 +46,18 @@ def deep_checks(
 ) -> list[Check]:
     """package: its file, the first or any of several, or its folder. source: the model, None not to read it.
 
-    Raises InputError if the report cannot be read at all, is of no such package, or if the source cannot be opened.
+    Raises InputError if the report cannot be read at all or is of no such package, and what the exporter raises of a
+    package that it cannot read. A source that cannot be read is a check that failed.
     """
+    package = named(package)
     data = read_bytes(report_path)
     report = decode(data, str(report_path))
     entry = _entry(report, package, report_path)
     checks = [_report_check(report, data), _page_check(report, data, page_of(report_path))]
     checks += [_files_check(entry, package), _provenance_check(entry, exporter.inspect(package))]
-    if isinstance(exporter, Sizing) and entry is report.package:
-        checks.append(_sizes_check(report, exporter.tensor_bytes(package)))
+    if isinstance(exporter, Sizing):
+        sizes = exporter.tensor_bytes(package)
+        checks.append(_sizes_check(report, sizes) if entry is report.package else _sum_check(entry, sizes))
     checks.append(_source_check(report, source, revision, progress))
     return checks
 
@@ -84,37 +91,36 @@ def _report_check(report: Report, data: bytes) -> Check:
 def _page_check(report: Report, data: bytes, page: Path) -> Check:
     if not page.exists():
         return Check("page", f"{page.name} is not there", True, is_skipped=True)
-    if read_bytes(page) == render(report, data):
+    there, drawn_by = read_bytes(page), report.environment.versions.get("d2qconv", "")
+    if there == render(report, data):
         return Check("page", f"{page.name} is what the report gives, byte for byte", True)
-    return Check(
-        "page", f"{page.name} is not what this report gives here: changed, or of another version", False
-    )
+    if drawn_by == __version__:
+        return Check("page", f"{page.name} is not what this report gives: it was changed", False)
+    if carried(there) != in_script(data).encode():
+        return Check("page", f"{page.name} does not carry this report: it was changed", False)
+    detail = f"{page.name} carries this report; d2qconv {drawn_by} drew it, and the drawing was not compared"
+    return Check("page", detail, True)
 
 
 def _files_check(entry: PackageEntry, package: Path) -> Check:
-    path = package if entry.is_folder else package.with_name(_given(entry, package))
+    is_alone = not entry.is_folder and len(entry.files) == 1
+    first = package if entry.is_folder or is_alone else package.with_name(entry.files[0].name)
     try:
-        found = {f.name: f for f in file_entries(path, is_folder=entry.is_folder)}
+        whole = package if is_alone else package.with_name(entry.name)
+        names = {path.name for path in (first.iterdir() if entry.is_folder else members(whole))}
+        found = contents(first).files
     except OSError as error:
         return Check("files", f"cannot be read: {error.strerror or error}", False)
-    wanted = {f.name: f for f in entry.files}
-    wrong = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    if not entry.is_folder and len(entry.files) == 1 and _contents(wanted) == _contents(found):
-        # A file that was renamed is the same file.
-        wrong = []
+    except InputError as error:
+        return Check("files", error.what, False)
+    # A file that was renamed is the same file.
+    wanted = {package.name if is_alone else f.name: FileRecord(f.n_bytes, f.sha256) for f in entry.files}
+    every = sorted({*wanted, *found, *names})
+    wrong = [name for name in every if name not in wanted or wanted[name] != found.get(name)]
     if wrong:
         return Check("files", f"not as the report has them: {_listed(wrong)}", False)
-    n_bytes = sum(f.n_bytes for f in wanted.values())
+    n_bytes = sum(f.n_bytes for f in entry.files)
     return Check("files", f"{len(wanted)} with {n_bytes:,} bytes, by SHA-256 as in the report", True)
-
-
-def _contents(files: Mapping[str, FileEntry]) -> list[tuple[int, str]]:
-    return [(f.n_bytes, f.sha256) for f in files.values()]
-
-
-def _given(entry: PackageEntry, package: Path) -> str:
-    """The name that all files of a set are made of."""
-    return package.name if len(entry.files) == 1 else entry.name
 
 
 def _provenance_check(entry: PackageEntry, facts: Mapping[str, Any]) -> Check:
@@ -137,13 +143,26 @@ def _sizes_check(report: Report, sizes: Mapping[str, int]) -> Check:
     return Check("bytes of tensors", f"{len(report.tensors)} take {total:,} bytes, each as planned", True)
 
 
+def _sum_check(entry: PackageEntry, sizes: Mapping[str, int]) -> Check:
+    """Of a further package the report has the sum alone."""
+    total = sum(sizes.values())
+    detail = f"{len(sizes)} take {total:,} bytes, as the report says"
+    if total != entry.written:
+        detail = f"{total:,} in all, and the report says {entry.written or 0:,}"
+    return Check("bytes of tensors", detail, total == entry.written)
+
+
 def _source_check(
     report: Report, source: str | None, revision: str | None, progress: Callable[[int, str], None]
 ) -> Check:
     if source is None:
         return Check("source", "not read; name it with --source", True, is_skipped=True)
-    checkpoint = open_checkpoint(source, revision=revision)
-    digest = content_digest(checkpoint.config, bind(checkpoint).tensors, progress)
+    try:
+        checkpoint = open_float_source(source, revision)
+        digest = content_digest(checkpoint.config, bind(checkpoint).tensors, progress)
+    except D2qError as error:
+        # What the other checks have found is not lost for it.
+        return Check("source", f"cannot be read: {error.where or source}: {error.what}", False)
     if digest == report.source.sha256:
         return Check("source", f"config and weights of {checkpoint.name} have the report's SHA-256", True)
     return Check("source", f"{checkpoint.name} is not the model that was quantized: SHA-256 {digest}", False)

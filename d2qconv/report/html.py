@@ -15,6 +15,11 @@ from importlib.resources import files
 
 from d2qconv import progress
 
+#: Stands for a number that is not there.
+NONE = "–"
+#: Begins the JSON that a page carries along.
+_CARRIER = '<script type="application/json" id="report">'
+
 
 def tag(name: str, attributes: Mapping[str, str | float | None], *content: str) -> str:
     """An element; attributes of None are left out. content: HTML."""
@@ -39,8 +44,10 @@ def exact(value: float) -> str:
     return repr(value)
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """`0.0382`, `12.1`, `1.3e-05`: so many significant digits, an exponent only below a thousandth."""
+def significant(value: float | None, digits: int = 3) -> str:
+    """`0.0382`, `12.1`, `1.3e-05`: so many significant digits, an exponent only below a thousandth; a dash for None."""
+    if value is None:
+        return NONE
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e6:
@@ -53,6 +60,11 @@ def significant(value: float, digits: int = 3) -> str:
     if missing > 0:
         shown += ("" if "." in shown else ".") + "0" * missing
     return shown
+
+
+def perplexity(value: float | None) -> str:
+    """`11.235`; of a model that is broken with few digits, or a dash."""
+    return f"{value:.3f}" if value is not None and abs(value) < 1e9 else significant(value)
 
 
 def size(n_bytes: float) -> str:
@@ -90,7 +102,7 @@ class Cell:
 def number(value: float | None, shown: str | None = None) -> Cell:
     """A cell with a number; a dash for None."""
     if value is None:
-        return Cell("–")
+        return Cell(NONE)
     return Cell(significant(value) if shown is None else shown, value)
 
 
@@ -139,12 +151,19 @@ def document(title: str, body: str, data: bytes = b"") -> bytes:
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f"<title>{text(title)}</title><style>{style}</style>"
     )
-    carried = f'<script type="application/json" id="report">{_in_script(data)}</script>' if data else ""
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}{carried}</body></html>\n'
+    along = f"{_CARRIER}{in_script(data)}</script>" if data else ""
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}{along}</body></html>\n'
     return page.encode()
 
 
-def _in_script(data: bytes) -> str:
+def carried(page: bytes) -> bytes:
+    """The JSON that a page of any version carries along, as `in_script` wrote it; empty if there is none."""
+    _, begin, rest = page.partition(_CARRIER.encode())
+    found, end, _ = rest.partition(b"</script>")
+    return found if begin and end else b""
+
+
+def in_script(data: bytes) -> str:
     """JSON that no HTML parser can take for the end of its element: these characters stand in strings alone."""
     found = data.decode()
     for character in "<>&\u2028\u2029":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 
+from d2qconv.progress import resumed
 from d2qconv.report import plots
 from d2qconv.report.html import (
     Cell,
@@ -15,6 +16,7 @@ from d2qconv.report.html import (
     folded,
     number,
     pairs,
+    perplexity,
     significant,
     size,
     table,
@@ -35,10 +37,11 @@ def render(report: Report, data: bytes) -> bytes:
             "Where the error is, and where the bits are",
             tag("div", {"class": "charts"}, *plots.drawn(report)),
         ),
+        _section("Predicted and measured", *_predicted(report)),
         _section("Checks", _checks(report.package.checks)),
         *(_section(f"The same codes as {p.format}", _also(p)) for p in report.also),
         _corrections(report),
-        _section("Memory and time", tag("div", {"class": "charts"}, *plots.costs(report))),
+        _section("Memory and time", *_costs(report)),
         _section("Every tensor", folded(f"{len(report.tensors)} tensors", _tensors(report))),
         _section("To make it again", *_again(report)),
         _section("Files", *_files(report)),
@@ -71,8 +74,8 @@ def _head(report: Report) -> str:
         ),
         (
             "perplexity",
-            datum("perplexity", q.perplexity, f"{q.perplexity:.3f}"),
-            f"source {q.perplexity_source:.3f}, same tokens",
+            datum("perplexity", q.perplexity, perplexity(q.perplexity)),
+            f"source {perplexity(q.perplexity_source)}, same tokens",
         ),
         ("same top token", datum("same_top", q.same_top, f"{q.same_top:.1%}"), "as the source"),
         (
@@ -112,7 +115,7 @@ def _about(report: Report) -> str:
         yield "stored as", text(f"{report.kind}, layout {package.layout}")
         yield (
             "tensors take",
-            datum("tensor_bytes", report.tensor_bytes, f"{report.tensor_bytes:,}")
+            datum("tensor_bytes", package.tensor_bytes, f"{package.tensor_bytes:,}")
             + text(f" bytes as planned; the whole package {package.n_bytes:,}"),
         )
         yield "loads in", text(", ".join(package.loads_in))
@@ -133,6 +136,24 @@ def _about(report: Report) -> str:
             yield "mind", text(warning)
 
     return tag("div", {"class": "card"}, pairs(listed()))
+
+
+def _predicted(report: Report) -> Iterator[str]:
+    """Bytes as planned and as they came out, of every package, and where the package stands among others."""
+    rows = (
+        [
+            Cell(p.name),
+            Cell(p.format),
+            number(p.tensor_bytes, f"{p.tensor_bytes:,}"),
+            number(p.written, None if p.written is None else f"{p.written:,}"),
+            number(p.n_bytes, f"{p.n_bytes:,}"),
+        ]
+        for p in (report.package, *report.also)
+    )
+    names = ("package", "format", "tensors, predicted", "tensors, measured", "all files, measured")
+    caption = "Bytes; what the files have besides tensors are metadata and the tokenizer"
+    yield tag("div", {"class": "card"}, table("predicted", caption, names, rows))
+    yield tag("div", {"class": "charts single"}, *plots.position(report))
 
 
 def _verdict(check: CheckEntry) -> str:
@@ -208,6 +229,13 @@ def _corrections(report: Report) -> str:
     return _section("Corrections", *parts) if parts else ""
 
 
+def _costs(report: Report) -> Iterator[str]:
+    if report.resumed_blocks:
+        note = resumed(report.resumed_blocks, len(report.blocks))
+        yield tag("p", {"class": "lead", "id": "resumed"}, text(f"{note}."))
+    yield tag("div", {"class": "charts"}, *plots.costs(report))
+
+
 def _tensors(report: Report) -> str:
     rows = (
         [
@@ -241,6 +269,7 @@ def _again(report: Report) -> Iterator[str]:
         ("fingerprint", _code("fingerprint", report.fingerprint)),
         ("source, SHA-256 of config and weights", _code("source_sha256", report.source.sha256)),
         ("tokens, SHA-256", _code("tokens_sha256", report.tokens_sha256)),
+        ("of them held out, SHA-256", _code("held_out_sha256", report.quality.held_out_sha256)),
         (
             "device",
             text(

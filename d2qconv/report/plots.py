@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from d2qconv.report.charts import Bar, Point, bars, curve, heat_map, histogram
-from d2qconv.report.html import Cell, duration, figure, folded, number, significant, size, table
-from d2qconv.report.schema import Contribution, MemoryEntry, Report, TensorEntry
+import msgspec
+
+from d2qconv.report.charts import Bar, Point, bars, cloud, curve, heat_map, histogram
+from d2qconv.report.html import NONE, Cell, duration, figure, folded, number, significant, size, table
+from d2qconv.report.schema import Contribution, MemoryEntry, PackageEntry, Report, TensorEntry
 
 #: Matrices of a block in the order of their use.
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+#: Of a cloud of packages.
+AXES = ("MB", "nats")
 _MARKS = {"50": "median", "99": "99 %"}
 
 
@@ -70,7 +74,9 @@ def _errors(report: Report) -> str:
     )
 
 
-def _percent(value: float) -> str:
+def _percent(value: float | None) -> str:
+    if value is None:
+        return NONE
     share = 100 * value
     return f"{share:.1e}" if 0 < share < 0.01 else significant(share, 2 if share >= 0.1 else 1)
 
@@ -108,7 +114,7 @@ def _contribution(c: Contribution) -> str:
         f"{significant(c.total, 4)} nats per token on {c.n_tokens} held-out tokens: by how much the divergence rises "
         "as each part is quantized in turn, the rest being the source's. Below zero it makes up for those before it."
     )
-    drawing = bars("kld-map", note, [Bar(name, v, significant(v)) for name, v in parts])
+    drawing = bars("kld-map", note, [Bar(name, v, significant(v)) for name, v in parts if v is not None])
     rows = ([Cell(name), number(v)] for name, v in (*parts, ("all", c.total)))
     numbers = folded("Numbers", table("contribution", "Nats per token", ("part", "contribution"), rows))
     return figure("Where the divergence comes from", drawing, note, numbers)
@@ -118,6 +124,7 @@ def _depth(report: Report) -> str:
     points = [
         Point(str(b.index), b.index, 100 * b.error, f"behind block {b.index}: {_percent(b.error)} %")
         for b in report.blocks
+        if b.error is not None
     ]
     note = (
         "Squared error of the activations behind each block on held-out tokens, in per cent of the source's."
@@ -129,8 +136,8 @@ def _depth(report: Report) -> str:
 
 def _spread(report: Report) -> str:
     s = report.quality.spread
-    marks = {name: s.quantiles[p] for p, name in _MARKS.items() if p in s.quantiles}
-    marks["mean"] = report.quality.kld
+    found = {name: s.quantiles.get(p) for p, name in _MARKS.items()} | {"mean": report.quality.kld}
+    marks = {name: value for name, value in found.items() if value is not None}
     note = f"KL divergence of each of {report.quality.n_tokens:,} held-out tokens, in nats; log scale."
     drawing = histogram("kld-histogram", note, s.edges, s.counts, marks)
     rows = (
@@ -151,12 +158,40 @@ def _prediction(report: Report) -> str:
     a, measured = report.allocation, report.quality.kld
     listed = [
         Bar("predicted", a.kld, significant(a.kld, 4), kind=1),
-        Bar("measured", measured, significant(measured, 4)),
+        *([] if measured is None else [Bar("measured", measured, significant(measured, 4))]),
     ]
     note = (
         f"The types were chosen for {a.asked} by what each costs alone; the sum is set against what came out."
     )
     return figure("Predicted and measured divergence", bars("prediction", note, listed), note)
+
+
+def point(package: PackageEntry, kld: float, name: str = "") -> Point:
+    """A package in a cloud of size and divergence. name: instead of the package's own."""
+    # A divergence of zero has no place on a logarithmic axis.
+    tip = f"{name or package.name}: {size(package.n_bytes)}, {significant(kld, 4)} nats"
+    return Point(name or package.name, max(package.n_bytes, 1) / 1e6, max(kld, 1e-9), tip)
+
+
+def position(report: Report) -> Iterator[str]:
+    """The packages as points of divergence over size; where types were chosen, on the curve that there was."""
+    kld = report.quality.kld
+    if kld is None:
+        return
+    points = [point(package, kld) for package in (report.package, *report.also)]
+    curve: list[Point] = []
+    note = "Mean KL divergence over the size of the package; both axes are logarithmic. "
+    if report.allocation is not None:
+        package = report.package
+        points.append(point(package, report.allocation.kld, "predicted"))
+        # The curve counts tensors alone.
+        besides = package.n_bytes - package.tensor_bytes
+        for n_bytes, nats in report.allocation.curve:
+            resized = msgspec.structs.replace(package, n_bytes=max(n_bytes + besides, 0))
+            curve.append(point(resized, nats, "choice"))
+        note += "The line is what other sizes were predicted to give, from the same types to choose from. "
+    note += "“d2qconv report THIS.report.json OTHER.report.json -o PAGE.html” sets it beside packages of other runs."
+    yield figure("Divergence over size", cloud("position", note, points, curve, AXES), note)
 
 
 def _memory(memory: MemoryEntry) -> str:

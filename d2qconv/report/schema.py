@@ -2,7 +2,8 @@
 
 The file is JSON of one `Report`, keys in the order of the fields, indented by one space. `digest` is the SHA-256 of the
 same bytes with an empty digest, so a changed byte anywhere in the file shows. Numbers are as measured, never rounded.
-Errors are relative and squared; divergences are in nats per token; sizes are in bytes, times in seconds.
+Errors are relative and squared; divergences are in nats per token; sizes are in bytes, times in seconds. A measured
+number that is not finite, such as the perplexity of a model that is broken, is null: JSON has no word for it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 from d2qconv.errors import InputError
 
-VERSION = 1
+#: 2: `held_out_sha256`, `resumed_blocks`, bytes of all tensors by package; measured numbers may be null.
+VERSION = 2
 #: A report of thousands of tensors is a few megabytes; what is larger is none.
 _MOST_BYTES = 64 << 20
-#: No size, time or divergence of a run is larger, and options are not nested deeper.
-_LARGEST, _DEEPEST = 1e18, 6
+#: No size or count of a run is larger, and options are not nested deeper.
+_MOST, _DEEPEST = 1 << 60, 6
+#: What is measured and larger is no measurement any more, and null like what is not finite.
+LARGEST = 1e100
+
+#: A measured number, None where it is not finite or beyond LARGEST.
+Measured: TypeAlias = float | None
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -42,13 +49,19 @@ class CheckEntry(msgspec.Struct, frozen=True):
 
 
 class PackageEntry(msgspec.Struct, frozen=True):
-    """One package. format: the exporter's name. name: of its file or folder. provenance: as its own metadata say it."""
+    """One package. format: the exporter's name. name: of its file or folder. provenance: as its own metadata say it.
+
+    n_bytes: of all files. tensor_bytes: of all tensors as predicted; written: as an independent reader found them in
+    the package, None where it does not tell.
+    """
 
     format: str
     name: str
     is_folder: bool
     layout: str
     n_bytes: int
+    tensor_bytes: int
+    written: int | None
     files: list[FileEntry]
     loads_in: list[str]
     checks: list[CheckEntry]
@@ -73,31 +86,35 @@ class Spread(msgspec.Struct, frozen=True):
     what is below it, the last what is above.
     """
 
-    quantiles: dict[str, float]
+    quantiles: dict[str, Measured]
     edges: list[float]
     counts: list[int]
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """On the held-out tokens, by the float reference. kld_unrefined: before a last pass over the whole model."""
+    """On the held-out tokens, by the float reference. kld_unrefined: before a last pass over the whole model.
 
-    kld: float
+    held_out_sha256: of these tokens alone, so that runs are told to be comparable.
+    """
+
+    kld: Measured
     kld_unrefined: float | None
-    perplexity_source: float
-    perplexity: float
+    perplexity_source: Measured
+    perplexity: Measured
     same_top: float
     n_tokens: int
+    held_out_sha256: str
     spread: Spread
 
 
 class Contribution(msgspec.Struct, frozen=True):
     """Where the divergence comes from, `d2qconv.walk.attribution`. blocks: in order; all add up to `total`."""
 
-    embedding: float
-    blocks: list[float]
-    output: float
+    embedding: Measured
+    blocks: list[Measured]
+    output: Measured
     last_pass: float | None
-    total: float
+    total: Measured
     n_tokens: int
 
 
@@ -105,7 +122,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
     """One tensor of the package.
 
     n_bytes: as predicted; written: as an independent reader found them, None where it does not tell. weight_error,
-    output_error: None where nothing was quantized. kld: predicted, where types were chosen by measurement.
+    output_error: None where nothing was quantized too. kld: predicted, where types were chosen by measurement.
     """
 
     id: str
@@ -130,10 +147,10 @@ class LastPassEntry(msgspec.Struct, frozen=True):
     steps: int
     kept: bool
     why: str
-    trained_before: float
-    trained_after: float
-    reserved_before: float
-    reserved_after: float
+    trained_before: Measured
+    trained_after: Measured
+    reserved_before: Measured
+    reserved_after: Measured
 
 
 class BlockEntry(msgspec.Struct, frozen=True):
@@ -143,7 +160,7 @@ class BlockEntry(msgspec.Struct, frozen=True):
     """
 
     index: int
-    error: float
+    error: Measured
     seconds: float
     n_bytes: int
     bits_per_weight: float
@@ -156,18 +173,22 @@ class FoldEntry(msgspec.Struct, frozen=True):
     name: str
     block: int
     carrier: str
-    residual: float
+    residual: Measured
     meaning: str
     explained: float | None
 
 
 class AllocationEntry(msgspec.Struct, frozen=True):
-    """A choice of types: what was asked for, and the divergence that it was predicted to give."""
+    """A choice of types: what was asked for, and the divergence that it was predicted to give.
+
+    curve: what there was to choose from, bytes of all tensors and predicted divergence from the smallest choice up.
+    """
 
     asked: str
     budget_bytes: int
     kld: float
     n_tokens: int
+    curve: list[tuple[int, float]]
 
 
 class MemoryEntry(msgspec.Struct, frozen=True):
@@ -192,7 +213,11 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """A whole run. options: every option that is in force. command: the words that ask for the same again."""
+    """A whole run. options: every option that is in force. command: the words that ask for the same again.
+
+    tokens_sha256: of all tokens, those that were sampled for a last pass too. seconds, stages and measured memory: of
+    the process that ended the run; resumed_blocks: how many of the blocks an earlier one, cut off, had done.
+    """
 
     report: int
     digest: str
@@ -200,7 +225,6 @@ class Report(msgspec.Struct, frozen=True):
     also: list[PackageEntry]
     source: SourceEntry
     bits_per_weight: float
-    tensor_bytes: int
     carrier: str
     carrier_note: str
     warnings: list[str]
@@ -222,6 +246,7 @@ class Report(msgspec.Struct, frozen=True):
     activations: str
     stages: dict[str, float]
     seconds: float
+    resumed_blocks: int
     environment: Environment
 
     @property
@@ -237,6 +262,12 @@ class Report(msgspec.Struct, frozen=True):
         return largest if len(sizes) == 1 else f"{largest} and others"
 
 
+class _Head(msgspec.Struct, frozen=True):
+    """What a report of any version has."""
+
+    report: int
+
+
 def encode(report: Report) -> bytes:
     """The bytes of report.json, the digest put in."""
     blank = _plain(msgspec.structs.replace(report, digest=""))
@@ -246,15 +277,21 @@ def encode(report: Report) -> bytes:
 def decode(data: bytes, where: str) -> Report:
     """Inverse of `encode`; raises InputError for what is no report, or one of another version."""
     try:
-        found = msgspec.json.decode(data, type=Report)
-        fault = _fault(found) if found.report == VERSION else ""
+        # The library does not look at the characters of what it leaves out.
+        text = data.decode()
+        version = msgspec.json.decode(text, type=_Head).report
+        if version == VERSION:
+            found = msgspec.json.decode(text, type=Report)
+            fault = _fault(found)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(
             f"not a report of d2qconv: {error}", where=where, todo="name a PACKAGE.report.json"
         ) from error
-    if found.report != VERSION:
+    if version != VERSION:
         raise InputError(
-            f"a report of version {found.report}, and this d2qconv reads version {VERSION}", where=where
+            f"a report of version {version}, and this d2qconv reads version {VERSION}",
+            where=where,
+            todo="use the d2qconv that wrote it, which its `environment` names, or convert again",
         )
     if fault:
         raise InputError(f"the report contradicts itself: {fault}", where=where)
@@ -262,8 +299,21 @@ def decode(data: bytes, where: str) -> Report:
 
 
 def read_report(path: Path) -> Report:
-    """A report from its file; raises InputError."""
+    """A report from its file, changed or not; raises InputError."""
     return decode(read_bytes(path), str(path))
+
+
+def read_intact(path: Path) -> tuple[Report, bytes]:
+    """A report and the bytes of its file; raises InputError, for one that was changed too."""
+    data = read_bytes(path)
+    report = decode(data, str(path))
+    if not is_intact(data, report):
+        raise InputError(
+            "the report was changed: its bytes do not have the digest that stands in it",
+            where=str(path),
+            todo="draw it from the original",
+        )
+    return report, data
 
 
 def read_bytes(path: Path) -> bytes:
@@ -290,12 +340,21 @@ def _fault(report: Report) -> str:
 
 def _faults(report: Report) -> Iterator[str]:
     """Each looks at what those before it have let pass."""
-    if not all(abs(number) <= _LARGEST for number in _numbers(report)):
+    drawn = msgspec.structs.replace(report, options={})
+    if not all(abs(number) <= (_MOST if isinstance(number, int) else LARGEST) for number in _numbers(drawn)):
         yield "a number is out of all range"
     if _depth(report.options) > _DEEPEST:
         yield "options within options"
+    # A seed may be anything that JSON's readers agree on.
+    if not all(isinstance(n, float) or -(1 << 63) <= n < 1 << 64 for n in _numbers(report.options)):
+        yield "a number among the options is out of all range"
+    packages = [report.package, *report.also]
+    if not all(map(_is_name, (name for p in packages for name in (p.name, *(f.name for f in p.files))))):
+        yield "the name of a package or of its file is none"
+    if not all(p.files for p in packages):
+        yield "a package without a file"
     spread = report.quality.spread
-    if len(spread.edges) != len(spread.counts) + 1 or min(spread.counts, default=0) < 0:
+    if not spread.counts or len(spread.edges) != len(spread.counts) + 1 or min(spread.counts) < 0:
         yield "the bins of the divergence"
     if spread.edges[0] <= 0 or any(a >= b for a, b in pairwise(spread.edges)):
         yield "the edges of the bins do not rise"
@@ -303,9 +362,17 @@ def _faults(report: Report) -> Iterator[str]:
         yield "contributions of other blocks than there are"
     if [b.index for b in report.blocks] != list(range(len(report.blocks))):
         yield "the numbers of the blocks"
+    if not 0 <= report.resumed_blocks <= len(report.blocks):
+        yield "more blocks were done before than there are"
     sizes = [t.n_bytes for t in report.tensors] + [m.measured for m in report.memory]
+    sizes += [n for p in packages for n in (p.n_bytes, p.tensor_bytes)]
     if min(sizes, default=0) < 0:
         yield "a size is negative"
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file or folder of a folder may be called so."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
 
 
 def _plain(report: Report) -> bytes:
@@ -322,7 +389,7 @@ def _numbers(value: object) -> Iterator[float]:
     elif isinstance(value, dict):
         for inner in value.values():
             yield from _numbers(inner)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for inner in value:
             yield from _numbers(inner)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from d2qconv.errors import ExportError
+from d2qconv.errors import D2qError, ExportError
 from d2qconv.exporters.beside import page_of, report_of
 from d2qconv.exporters.package import atomic_output
 from d2qconv.progress import Watch
@@ -24,20 +24,18 @@ def write_report(run: RunFacts, watch: Watch) -> Path:
     report = report_of(job.output)
     try:
         data = encode(collect(run))
-    except OSError as error:
+        # Of what was written, not of what is in memory: the page can be made again from the file.
+        page = render(decode(data, str(report)), data)
+    except (OSError, D2qError, UnicodeError) as error:
+        # The last is the name of a file that is no text.
+        why = error.what if isinstance(error, D2qError) else getattr(error, "strerror", None) or error
         raise ExportError(
-            f"the package is there, and its report could not be made: {error.strerror or error}",
+            f"the package is there, and its report could not be made: {why}",
             where=str(report),
-            todo="add --overwrite to the same command, which goes on from the work directory",
+            todo="add --overwrite to the same command, which goes on from the work directory, or --no-report too",
         ) from error
-    # Of what was written, not of what is in memory: the page can be made again from the file.
-    write_both(decode_and_render(data, report), data, report, overwrite=job.overwrite)
+    write_both(page, data, report, overwrite=job.overwrite)
     return report
-
-
-def decode_and_render(data: bytes, path: Path) -> bytes:
-    """The page of a report's bytes; raises InputError."""
-    return render(decode(data, str(path)), data)
 
 
 def write_both(page: bytes, data: bytes, report: Path, *, overwrite: bool) -> None:

@@ -148,6 +148,7 @@ def outcome_facts(outcome: Outcome) -> dict[str, Any]:
             for f in outcome.folds
         ],
         "errors": [{"tensor": e.tensor, "weight": e.weight, "output": e.output} for e in outcome.errors],
+        "resumed_blocks": outcome.resumed_blocks,
         "report": None if outcome.report is None else str(outcome.report),
         "memory": {
             "activations": outcome.footprint.place,

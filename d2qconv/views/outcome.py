@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from d2qconv.progress import duration
+from d2qconv.progress import duration, resumed
 from d2qconv.views import allocation
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def outcome_pairs(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "loads in", ", ".join(outcome.loads_in)
     yield from _peak_pairs(outcome.peaks, outcome.footprint)
     yield "took", duration(outcome.seconds)
+    if outcome.resumed_blocks:
+        yield "mind", resumed(outcome.resumed_blocks, outcome.n_blocks)
     if outcome.report is not None:
         from d2qconv.exporters.beside import page_of
 

@@ -53,13 +53,14 @@ class BlockRecord:
     """What is known of a block besides its tensors.
 
     error: Σ‖x − s‖² / Σ‖s‖² of the held-out activations behind it, against the source's. seconds: that quantizing it
-    took, 0 where an earlier run did. refined: of a last pass block by block.
+    took, 0 where an earlier process did (is_resumed). refined: of a last pass block by block.
     """
 
     index: int
     error: float
     seconds: float
     refined: RefineNotes | None = None
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class Walk:
                 files.read_ahead(index + 1)
                 began = time.monotonic()
                 block, about = self._block(index, teacher, stream, files)
-                seconds = time.monotonic() - began if f"block-{index:04d}" not in files.found else 0.0
+                is_resumed = f"block-{index:04d}" in files.found
+                seconds = 0.0 if is_resumed else time.monotonic() - began
                 notes.errors += about.errors
                 notes.folds += about.folds
                 importance |= _by_tensor(about.importance, index)
@@ -128,7 +130,7 @@ class Walk:
                 if branches is not None:
                     branches.advance(judged, teacher)
                 error = stream_error(judged, self.team)
-                blocks.append(BlockRecord(index, error, seconds, about.refined))
+                blocks.append(BlockRecord(index, error, seconds, about.refined, is_resumed))
                 self.watch.figure("error", error)
                 if self.team.total(not stream.x.is_finite()):
                     raise RunError("activations are not finite any more", where=f"block {index}")

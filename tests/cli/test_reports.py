@@ -9,13 +9,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from report_samples import sample
 
 from d2qconv import pipeline
+from d2qconv.calibrate.tokens import CalibrationTokens
+from d2qconv.commands.again import command_words
 from d2qconv.errors import InputError, RunError
 from d2qconv.job import check_places
+from d2qconv.options import Settings
 from d2qconv.report.compare import differences, pareto
 from d2qconv.report.schema import encode
+from d2qconv_gguf import INFO, GgufOptions
 
 pytestmark = pytest.mark.usefixtures("fake")
 
@@ -96,6 +101,23 @@ def test_the_words_of_a_report_name_no_folder(d2q, jobs, tmp_path):
     assert joined == "d2qconv to-fake model -o 'x y.fake' --also fake=z.fake --calibration t.txt"
 
 
+@pytest.mark.parametrize("folder", ["run=3", "a=b/c=d"])
+def test_the_words_of_a_report_name_no_folder_with_an_equals_sign(d2q, jobs, tmp_path, folder):
+    secret = tmp_path / folder
+    (secret / "model").mkdir(parents=True)
+    (secret / "t.txt").touch()
+    words = ("--calibration", secret / "t.txt", "--also", f"fake={secret}/z.fake", "--fake-seed", "a=b/c")
+    d2q("to-fake", secret / "model", "-o", secret / "x.fake", *words)
+    joined = "d2qconv to-fake model -o x.fake --also fake=z.fake --calibration t.txt --fake-seed a=b/c"
+    assert shlex.join(jobs[0].command) == joined
+
+
+def test_a_file_that_is_not_there_yet_has_no_folder_in_the_words_of_a_report(tmp_path):
+    options = GgufOptions(imatrix=tmp_path / "later.gguf", tensor_type=("v=q4_k",))
+    words = command_words(INFO, "org/m", options, Settings(), tmp_path / "m.gguf")
+    assert words[5:] == ("--tensor-type", "v=q4_k", "--imatrix", "later.gguf")
+
+
 def test_a_page_is_made_again(d2q, tmp_path):
     report = tmp_path / "m.gguf.report.json"
     report.write_bytes(encode(sample("m.gguf", 1000, 0.5)))
@@ -106,6 +128,18 @@ def test_a_page_is_made_again(d2q, tmp_path):
     assert d2q("report", report).code == 2
     assert d2q("report", report, "--overwrite").code == 0
     assert page.read_bytes() == made
+
+
+def test_a_report_that_was_changed_is_not_drawn(d2q, tmp_path):
+    whole, changed = tmp_path / "a.report.json", tmp_path / "b.report.json"
+    whole.write_bytes(encode(sample("a", 1000, 0.5)))
+    changed.write_bytes(encode(sample("b", 2000, 0.25)).replace(b'"kld": 0.25', b'"kld": 0.15'))
+    page = tmp_path / "page.html"
+    for files in ([changed], [whole, changed]):
+        result = d2q("report", *files, "-o", page)
+        assert (result.code, "the report was changed" in result.err) == (2, True)
+        assert str(changed) in result.err
+        assert not page.exists()
 
 
 def test_several_reports_are_set_side_by_side(d2q, tmp_path):
@@ -138,12 +172,42 @@ def test_figures_that_cannot_be_compared_are_said_to_be():
     one = sample("a", 1000, 0.5)
     assert differences([one, sample("b", 2000, 0.25)]) == []
     other = msgspec.structs.replace(
-        one, tokens_sha256="other", source=msgspec.structs.replace(one.source, sha256="other")
+        one,
+        quality=msgspec.structs.replace(one.quality, held_out_sha256="other"),
+        source=msgspec.structs.replace(one.source, sha256="other"),
     )
     assert len(differences([one, other])) == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"report": 1}', "\xff", "[" * 100_000])
+def test_sequences_of_the_last_pass_alone_do_not_make_figures_incomparable():
+    """Q2 samples some for its last pass, Q4 has none; both are measured on the same ones."""
+    rows = torch.arange(24).reshape(6, 4)
+    plain = CalibrationTokens(rows[:4], rows[4:5], "")
+    own, other = replace(plain, own=rows[5:]), replace(plain, held_out=rows[5:])
+    found = [
+        msgspec.structs.replace(
+            report,
+            tokens_sha256=tokens.digest,
+            quality=msgspec.structs.replace(report.quality, held_out_sha256=tokens.held_out_digest),
+        )
+        for report, tokens in zip(
+            [sample(name, 1000, 0.5) for name in "abc"], (plain, own, other), strict=True
+        )
+    ]
+    assert found[0].tokens_sha256 != found[1].tokens_sha256
+    assert differences(found[:2]) == []
+    (why,) = differences(found)
+    assert "not measured on the same tokens" in why
+
+
+def test_a_report_of_another_version_is_one_clear_error(d2q, tmp_path):
+    path = tmp_path / "x.report.json"
+    path.write_text('{"report": 1, "digest": "", "whatever": 3}')
+    result = d2q("report", path)
+    assert (result.code, "a report of version 1, and this d2qconv reads version 2" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"report": 2}', "\xff", "[" * 100_000])
 def test_what_is_no_report_is_one_clear_error(d2q, tmp_path, text):
     path = tmp_path / "x.report.json"
     path.write_text(text, encoding="latin-1")

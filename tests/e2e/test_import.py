@@ -101,6 +101,10 @@ def test_what_no_type_holds_is_refused_with_its_cost_and_requantized_on_request(
     )
     assert code == 0, report
     assert 0 < report["kld"] < 1e-3
+    code, report = run(capsys, "verify", tmp_path / "o", "--deep", "--source", folder)
+    assert code == 0, report
+    assert report["checks"][-1]["name"] == "source"
+    assert not report["checks"][-1]["is_skipped"]
 
 
 def test_options_that_contradict_an_import_are_refused(tmp_path, capsys):

@@ -26,12 +26,14 @@ from fuzz_seeds import (
     hf_folders,
     importances,
     onnx_folders,
+    reports,
     small_model,
     small_source,
     token_files,
     tokenizers,
     work_folders,
 )
+from report_samples import sample as report_sample
 
 from d2qconv.arch.bind import bind
 from d2qconv.calibrate import tokens as calibration
@@ -45,6 +47,9 @@ from d2qconv.exporters.planned import SIDE_FILES
 from d2qconv.foreign.read import read_foreign
 from d2qconv.ir.store import Store
 from d2qconv.ir.workdir import read_measured, read_tokens
+from d2qconv.report.compare import render_several
+from d2qconv.report.page import render
+from d2qconv.report.schema import decode, is_intact, read_bytes
 from d2qconv.run import CalibrationSpec
 from d2qconv_gguf import base_gguf, imatrix
 from d2qconv_gguf import exporter as gguf_exporter
@@ -259,6 +264,19 @@ def read_folder_manifest(folder: Path) -> object:
     return None
 
 
+def read_report_file(folder: Path) -> object:
+    """The page of a report, changed or not, and its page beside another one."""
+    files = sorted(folder.glob("*.json"))
+    path = files[0] if files else folder / "m.report.json"
+    data = read_bytes(path)
+    report = decode(data, str(path))
+    is_intact(data, report)
+    for page in (render(report, data), render_several([report, report_sample("other", 10, 0.25)])):
+        require(page.count(b"</script") == page.count(b"<script") <= 1, "a page has a script of its report's")
+        require(page.count(b"<h1>") == 1, "a page has elements of its report's")
+    return None
+
+
 def read_work_folder(folder: Path) -> object:
     """Go on in a work directory: read all, write one more part, remove it. Nobody else's file may go with it."""
     before = {p.name for p in folder.iterdir()}
@@ -308,6 +326,7 @@ READERS: Mapping[str, Reader] = {
         _hf("gptq", GptqExporter),
         _hf("mlx", MlxExporter),
         Reader("manifest", hf_folders(MlxExporter), read_folder_manifest),
+        Reader("report", reports, read_report_file, may_link=True),
         Reader("workdir", work_folders, read_work_folder, may_drop=True),
     )
 }

@@ -22,6 +22,7 @@ import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 from foreign_models import Scheme, make_foreign  # noqa: E402
 from random_models import PROVENANCE, make_desc, quantized  # noqa: E402
+from report_samples import large, sample, whole  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from d2qconv.arch.bind import bind  # noqa: E402
@@ -33,6 +34,7 @@ from d2qconv.ir.model import QuantizedModel  # noqa: E402
 from d2qconv.ir.store import Store  # noqa: E402
 from d2qconv.ir.workdir import write_measured, write_tokens  # noqa: E402
 from d2qconv.names import Role, TensorId  # noqa: E402
+from d2qconv.report.schema import encode  # noqa: E402
 from d2qconv.testing.models import make_checkpoint  # noqa: E402
 from d2qconv_gguf import GgufOptions, imatrix  # noqa: E402
 from d2qconv_gguf.exporter import GgufExporter  # noqa: E402
@@ -315,6 +317,13 @@ def work_folders(root: Path) -> None:
                 }
                 store.write(part, tensors, Notes(0.5))
             store.write_changed("scales", {NORM: torch.ones(SMALL.hidden, dtype=torch.bfloat16)}, None)
+
+
+def reports(root: Path) -> None:
+    """Of the least that a run can tell, of everything, and of several blocks."""
+    for name, report in {"small": sample("m", 1000, 0.5), "whole": whole(), "large": large()}.items():
+        (root / name).mkdir()
+        (root / name / "m.report.json").write_bytes(encode(report))
 
 
 def config_alone(folder: Path, config: dict[str, Any]) -> Checkpoint:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2qconv.allocate import allocation
-from d2qconv.allocate.allocation import Measurement, activation_bytes, allocate, refusals
+from d2qconv.allocate.allocation import CURVE, Measurement, activation_bytes, allocate, refusals
 from d2qconv.allocate.sensitivity import Sensitivity, TensorCost
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
@@ -41,6 +41,17 @@ def test_bytes_go_where_they_help_most():
     assert found.kld == pytest.approx(0.5 + 0.2 + 0.01)
     assert (found.budget, found.n_tokens, found.asked) == (2100, 64, "--size 2kB")
     assert allocate(replace(CANDIDATES, n_bytes=2500), COSTS).kld == pytest.approx(0.31)
+    assert [n_bytes for n_bytes, _ in found.curve] == [1700, 2100, 2500]
+    assert [kld for _, kld in found.curve] == pytest.approx([1.41, 0.71, 0.31])
+
+
+def test_a_curve_of_many_matrices_keeps_some_points_and_both_ends():
+    tensors = [TensorId(Role.UP, k) for k in range(200)]
+    candidates = Candidates("--size 2kB", 100_000, 100, dict.fromkeys(tensors, WAYS))
+    costs = {str(t): TensorCost({"q4_0": 0.5, "q8_0": 0.001 * k}, {}, ()) for k, t in enumerate(tensors)}
+    curve = allocate(candidates, Sensitivity(costs, 64)).curve
+    assert len(curve) <= CURVE + 1
+    assert (curve[0][0], curve[-1][0]) == (100 + 200 * 400, 100 + 200 * 800)
 
 
 def test_what_cannot_be_chosen_is_refused_with_the_least_there_is():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2qconv.allocate.choose import Item, choose, least
+from d2qconv.allocate.choose import Item, choose, frontier, least
 
 
 def total(items, chosen):
@@ -66,3 +66,21 @@ def test_what_cannot_be_is_an_error():
         choose([Item((4, 8), (1.0, 0.0))], 3)
     with pytest.raises(ValueError, match="not finite"):
         choose([Item((4,), (float("nan"),))], 9)
+
+
+@given(items_of)
+def test_the_frontier_is_the_hull_of_all_choices(items):
+    found = frontier(items)
+    assert found[0][0] == least(items)
+    assert found[0][1] == pytest.approx(best(items, least(items)))
+    assert found[-1][1] == pytest.approx(best(items, sum(max(item.sizes) for item in items)))
+    for size, loss in found:
+        assert loss == pytest.approx(best(items, size), abs=1e-9)
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(found)]
+    assert all(slope < 0 for slope in slopes)
+    assert all(a <= b + 1e-12 for a, b in pairwise(slopes))
+    # No choice lies below the line between two neighbours.
+    for (size, loss), (more, less) in pairwise(found):
+        for budget in range(size, more, 8):
+            share = (budget - size) / (more - size)
+            assert best(items, budget) >= loss + share * (less - loss) - 1e-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 from dataclasses import replace
@@ -23,11 +24,15 @@ from d2qconv.measure.reference import logits
 from d2qconv.names import Role, TensorId
 from d2qconv.pipeline import Job, convert, plan
 from d2qconv.progress import Unwatched
+from d2qconv.report.collect import RunFacts
 from d2qconv.report.deep import deep_checks
 from d2qconv.report.page import render
 from d2qconv.report.schema import Report, decode, encode, read_report
+from d2qconv.report.write import write_report
 from d2qconv.run import CalibrationSpec, Recipe
 from d2qconv.testing.models import make_checkpoint
+from d2qconv.views.facts import outcome_facts
+from d2qconv.views.outcome import outcome_pairs
 from d2qconv.walk import model as walk_model
 from d2qconv_gguf import INFO, GgufOptions
 from d2qconv_gguf.reader import read_model
@@ -35,7 +40,9 @@ from d2qconv_gguf.reader import read_model
 LLAMA = Path(__file__).parents[2] / "data" / "tiny-llama-5m"
 TEXT = "The old man and the little girl walked down to the river, where a dog was waiting for a ball. "
 #: What two equal runs differ in.
-TIMES = ("digest", "memory", "stages", "seconds")
+TIMES = ("digest", "memory", "stages", "seconds", "resumed_blocks")
+#: As large as seeds may be: larger than what a report's other numbers are.
+SEED = 5_000_000_000_000_000_000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,13 +69,25 @@ def asked(tmp_path_factory) -> Job:
     return Job(
         str(model), INFO, GgufOptions(type="q4_0"), folder / "m.gguf", device="cpu",
         recipe=Recipe(asymmetry=0.25, dsq=True, refine=0),
-        calibration=CalibrationSpec(str(text), 20, 24), is_reported=True, command=("d2qconv", "to-gguf", "a b"),
+        calibration=CalibrationSpec(str(text), 20, 24, SEED), is_reported=True, command=("d2qconv", "to-gguf", "a b"),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def made(asked) -> pipeline.Outcome:
-    outcome = convert(plan(asked), Unwatched())
+def facts() -> list[RunFacts]:
+    """What `made` knew when it wrote its report."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(asked, facts) -> pipeline.Outcome:
+    def keep(run, watch):
+        facts.append(run)
+        return write_report(run, watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_report", keep)
+        outcome = convert(plan(asked), Unwatched())
     assert outcome is not None
     assert outcome.report == report_of(asked.output)
     return outcome
@@ -94,6 +113,10 @@ def test_it_says_what_was_made(asked, made, report):
     assert report.command == list(asked.command)
     assert report.options["recipe"]["asymmetry"] == 0.25
     assert report.options["calibration"]["source"] == "text.txt"
+    assert report.options["calibration"]["seed"] == SEED
+    wanted = {"carrier": None, "also": [], "requantize": False, "revision": None, "device": "cpu"}
+    assert wanted.items() <= report.options.items()
+    assert report.package.written == report.package.tensor_bytes == sum(t.n_bytes for t in report.tensors)
     assert str(asked.output.parent) not in made.report.read_text()
     assert {"python", "torch", "d2qconv", "gguf"} <= set(report.environment.versions)
     assert {"read", "calibrate", "quantize", "write", "verify"} <= set(report.stages)
@@ -152,6 +175,13 @@ def test_a_run_that_goes_on_says_the_same_but_for_times(asked, made, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(walk_model.BlockWalk, "quantize", die)
         outcome = convert(plan(again), Unwatched())
+    assert (made.resumed_blocks, outcome.resumed_blocks, outcome.n_blocks) == (0, 2, 2)
+    assert [read_report(r).resumed_blocks for r in (made.report, outcome.report)] == [0, 2]
+    said = "2 of 2 blocks were done by an earlier process"
+    for shown, is_said in ((made, False), (outcome, True)):
+        assert (said in page_of(shown.report).read_text()) is is_said
+        assert (said in str(list(outcome_pairs(shown)))) is is_said
+        assert outcome_facts(shown)["resumed_blocks"] == 2 * is_said
     first, second = (json.loads(r.read_text()) for r in (made.report, outcome.report))
     for found in (first, second):
         for key in TIMES:
@@ -184,6 +214,44 @@ def test_a_report_that_could_not_be_written_is_without_quantizing_again(asked, m
         outcome = convert(plan(replace(full, overwrite=True)), Unwatched())
     assert read_report(outcome.report).quality == read_report(made.report).quality
     assert not full.work_folder.exists()
+
+
+def test_a_run_whose_model_is_broken_has_its_report(made, facts, tmp_path):
+    """Numbers that are not finite are null in JSON, and a dash on the page."""
+    (run,) = facts
+    broken = replace(run.outcome, kld=math.nan, perplexity=math.inf, perplexity_source=1e30)
+    job = replace(run.planned.job, output=tmp_path / "m.gguf")
+    lost = replace(run.result.blocks[0], error=math.nan)
+    blocks = (lost, *run.result.blocks[1:])
+    where = write_report(
+        replace(
+            run,
+            outcome=broken,
+            planned=replace(run.planned, job=job),
+            result=replace(run.result, blocks=blocks),
+        ),
+        Unwatched(),
+    )
+    report = read_report(where)
+    assert (report.quality.kld, report.quality.perplexity, report.blocks[0].error) == (None, None, None)
+    assert report.quality.perplexity_source == 1e30
+    page = page_of(where).read_text()
+    assert '<span id="kld">–</span>' in page
+    assert "source 1.00e+30" in page
+
+
+def test_a_report_that_cannot_be_read_back_tells_how_to_go_on(made, facts, tmp_path, monkeypatch):
+    (run,) = facts
+
+    def refuse(*_):
+        raise InputError("not a report of d2qconv: Expected `float`", todo="name a PACKAGE.report.json")
+
+    monkeypatch.setattr("d2qconv.report.write.decode", refuse)
+    moved = replace(run.planned, job=replace(run.planned.job, output=tmp_path / "m.gguf"))
+    with pytest.raises(ExportError, match="its report could not be made") as found:
+        write_report(replace(run, planned=moved), Unwatched())
+    assert "--overwrite" in found.value.todo
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_report_that_is_in_the_way_is_refused_before_any_work(asked, made):
@@ -235,7 +303,7 @@ def test_a_browser_shows_the_numbers_of_the_report(report, made, shown):
             "perplexity": report.quality.perplexity,
             "same_top": report.quality.same_top,
             "n_weights": report.source.n_weights,
-            "tensor_bytes": report.tensor_bytes,
+            "tensor_bytes": report.package.tensor_bytes,
             "checks_passed": 1,
         }
         assert {name: value for name, (value, _) in data.items()} == wanted
@@ -254,6 +322,9 @@ def test_a_browser_shows_the_numbers_of_the_report(report, made, shown):
         assert [value for _, value in charts["depth-curve"]] == [100 * b.error for b in report.blocks]
         assert sum(value for _, value in charts["kld-histogram"]) == report.quality.n_tokens
         assert [row[1] for row in tables["histogram"]] == report.quality.spread.counts
+        p = report.package
+        assert tables["predicted"] == [["m.gguf", "gguf", p.tensor_bytes, p.written, p.n_bytes]]
+        assert charts["position"] == [["m.gguf", report.quality.kld]]
         assert tables["files-gguf"] == [[f.name, f.n_bytes, f.sha256] for f in report.package.files]
         assert [row[1] for row in tables["stages"]] == list(report.stages.values())
         assert view["verdicts"][:2] == ["ok", "not <looked> at: 1 & 2"]
@@ -302,7 +373,7 @@ def test_bytes_and_page_are_those_of_the_report_alone(report, made):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"report": 2}, "version 2"),
+        ({"report": 3}, "version 3"),
         ({"tensors": 3}, "Expected `array`"),
         ({"seconds": None}, "Expected `float`"),
         ({"blocks": []}, "contributions of other blocks"),

@@ -86,6 +86,10 @@ def check_places(job: Job) -> None:
     for option, path in places:
         if path.name in ("", ".."):
             raise InputError("gives what is written no name", where=option, todo="end it with a name")
+        if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+            # As Python has bytes of a name that are no text; manifests and reports say names.
+            shown = ascii(str(path))
+            raise InputError("is a name that is not UTF-8", where=shown, todo="name it by letters")
     if job.is_reported:
         report = report_of(job.output)
         places += [(f"the report {path}", path) for path in (report, page_of(report))]

@@ -200,6 +200,12 @@ def test_a_package_needs_a_name(tmp_path, path):
             plan(asked)
 
 
+def test_a_name_that_is_no_text_is_refused_before_any_work(tmp_path):
+    with pytest.raises(InputError, match=r"\\udcff.*not UTF-8") as caught:
+        check_places(job(tmp_path, output=tmp_path / "m\udcff.gguf"))
+    str(caught.value).encode()
+
+
 def test_places_beside_each_other_are_taken(tmp_path):
     also = tuple(Also(FOLDER, tmp_path / name) for name in ("out-onnx", "ou", "out2", "out.workers"))
     asked = job(tmp_path, exporter=FOLDER, output=tmp_path / "out", also=also)

@@ -82,7 +82,7 @@ def _schemes(config: Mapping[str, Any]) -> set[tuple[int, bool]]:
 
 def _linear(checkpoint: Checkpoint, module: str, schemes: set[tuple[int, bool]]) -> ForeignLinear:
     arrays = Arrays(checkpoint, module)
-    packed, scales = arrays.matrix("weight_packed"), arrays.matrix("weight_scale")
+    packed, scales = arrays.words("weight_packed"), arrays.scales("weight_scale")
     said = arrays.optional("weight_shape")
     if said is None or said.shape != (2,) or said.dtype.is_floating_point:
         raise arrays.error("weight_shape is not there, or no pair of sizes")
@@ -104,11 +104,9 @@ def _linear(checkpoint: Checkpoint, module: str, schemes: set[tuple[int, bool]])
     bits, is_dense = fitting[0]
     unpack = unpack_dense if is_dense else unpack_whole
     n_groups = scales.shape[1]
-    index = arrays.optional("weight_g_idx")
+    index = arrays.index("weight_g_idx", n_in, n_groups)
     if index is None:
         arrays.whole(n_in, n_groups, "weight_packed", "weight_scale")
-    elif index.shape != (n_in,) or index.dtype.is_floating_point:
-        raise arrays.error(f"weight_g_idx has shape {list(index.shape)}, and there are {n_in} columns")
     words = dense_words(n_out, bits) if is_dense else whole_words(n_out, bits)
     is_packed = zeros is not None and zeros.shape == (words, n_groups) and zeros.dtype == torch.int32
     is_signed = zeros is not None and zeros.shape == (n_out, n_groups) and zeros.dtype == torch.int8
@@ -129,5 +127,5 @@ def _linear(checkpoint: Checkpoint, module: str, schemes: set[tuple[int, bool]])
         codes=lambda: unpack(packed.load(), bits, n_in),
         steps=scales.load,
         zeros=None if zeros is None else lambda: read_zeros(zeros),
-        index=None if index is None else index.load,
+        index=index,
     )

@@ -96,15 +96,13 @@ def _gptq(
 ) -> ForeignLinear:
     """One linear. shift: added to stored zero points."""
     arrays = Arrays(checkpoint, module)
-    codes, zeros, scales = (arrays.matrix(part) for part in ("qweight", "qzeros", "scales"))
+    codes, zeros, scales = arrays.words("qweight"), arrays.words("qzeros"), arrays.scales("scales")
     n_groups, n_out = scales.shape
     bits = arrays.whole(zeros.shape[1] * 32, n_out, "qzeros", "scales")
     n_in = arrays.whole(codes.shape[0] * 32, bits, "qweight", "qzeros")
     arrays.expect("qweight", codes.shape[1], n_out)
     arrays.expect("qzeros", zeros.shape[0], n_groups)
-    index = arrays.optional("g_idx")
-    if index is not None and index.shape != (n_in,):
-        raise arrays.error(f"g_idx has shape {list(index.shape)}, and there are {n_in} columns")
+    index = arrays.index("g_idx", n_in, n_groups)
     if index is None and needs_index:
         raise arrays.error(
             "config.json says desc_act, and there is no g_idx that says which column is in which group"
@@ -131,13 +129,13 @@ def _gptq(
         codes=lambda: unpack_dense(codes.load().T, bits, n_in),
         steps=lambda: _turned(scales.load()),
         zeros=read_zeros,
-        index=None if index is None else index.load,
+        index=index,
     )
 
 
 def _awq(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) -> ForeignLinear:
     arrays = Arrays(checkpoint, module)
-    codes, zeros, scales = (arrays.matrix(part) for part in ("qweight", "qzeros", "scales"))
+    codes, zeros, scales = arrays.words("qweight"), arrays.words("qzeros"), arrays.scales("scales")
     n_groups, n_out = scales.shape
     n_in = codes.shape[0]
     bits = arrays.whole(codes.shape[1] * 32, n_out, "qweight", "scales")

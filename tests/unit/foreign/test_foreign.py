@@ -101,6 +101,32 @@ def config_of(folder):
 
 
 # ruff: noqa: E501 one case a line
+#: Every packed part of a dialect: method, scheme, how it is written.
+PACKED = {
+    "qweight": [
+        ("gptq", Scheme(4, 32), {}),
+        ("awq", Scheme(4, 32, False), {}),
+        ("auto-round", Scheme(2, 32), {}),
+    ],
+    "qzeros": [
+        ("gptq", Scheme(4, 32), {}),
+        ("awq", Scheme(4, 32, False), {}),
+        ("auto-round", Scheme(2, 32), {}),
+    ],
+    "weight_packed": [
+        ("compressed-tensors", Scheme(4, 32), {}),
+        ("compressed-tensors", Scheme(3, 32), {"old": True}),
+    ],
+}
+#: Types that these may not be of: as wide words, as bytes, as floats.
+OTHER_TYPES = ("int64", "int8", "uint8", "float32")
+#: Indices of groups likewise; int64 says them as well as int32.
+INDICES = {
+    "g_idx": ("gptq", Scheme(4, 32), {}),
+    "weight_g_idx": ("compressed-tensors", Scheme(4, 32, order=True), {}),
+}
+
+
 #: method, scheme, how it is written, what is changed in arrays, the error and words of it
 BAD = {
     "v1-zeros-ambiguous": (
@@ -121,7 +147,8 @@ BAD = {
     "no-zeros": ("gptq", Scheme(4, 32), {}, {"qzeros": None}, InputError, "qzeros is missing"),
     "cut-scales": ("gptq", Scheme(4, 32), {}, {"scales": lambda s: s[:, :-1].copy()}, InputError, "do not fit together"),
     "nan-scales": ("gptq", Scheme(4, 32), {}, {"scales": lambda s: s * np.float16("nan")}, InputError, "NaN or Inf"),
-    "float-codes": ("gptq", Scheme(4, 32), {}, {"qweight": lambda q: q.astype(np.float32)}, InputError, "is of torch.float32"),
+    "float-codes": ("gptq", Scheme(4, 32), {}, {"qweight": lambda q: q.astype(np.float32)}, InputError, "qweight is of float32"),
+    "index-zero": ("gptq", Scheme(4, 32), {}, {"g_idx": np.zeros_like}, InputError, "is 0 everywhere"),
     "marlin": ("gptq", Scheme(4, 32), {"config": {"checkpoint_format": "marlin"}}, {}, PlanError, "'marlin'"),
     "list-format": ("gptq", Scheme(4, 32), {"config": {"checkpoint_format": ["gptq"]}}, {}, PlanError, "only gptq"),
     "bitsandbytes": ("gptq", Scheme(4, 32), {"config": {"quant_method": "bitsandbytes"}}, {}, PlanError, "what is read is"),
@@ -164,6 +191,54 @@ def test_what_contradicts_itself_or_is_not_known_is_refused(tmp_path, case):
     change(folder, **arrays)
     with pytest.raises(error, match=words):
         read_everything(folder)
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+@pytest.mark.parametrize(
+    ("part", "case"),
+    [(part, case) for part, cases in PACKED.items() for case in cases],
+    ids=lambda c: str(c)[:40],
+)
+def test_words_of_another_width_are_refused(tmp_path, part, case, kind):
+    """Taken for words of 32 bits they would give other codes."""
+    method, scheme, more = case
+    folder, _ = make_foreign(tmp_path / "m", method, scheme, **more)
+    change(folder, **{part: lambda words: words.astype(kind)})
+    with pytest.raises(InputError, match=f"{part} is of {kind}, and codes are read from 32-bit words"):
+        read_everything(folder)
+
+
+def test_packed_zero_points_of_another_width_are_refused(tmp_path):
+    folder, _ = make_foreign(tmp_path / "m", "compressed-tensors", Scheme(4, 32, symmetric=False))
+    change(folder, weight_zero_point=lambda words: words.astype(np.int64))
+    with pytest.raises(InputError, match=r"of torch\.int64"):
+        read_everything(folder)
+
+
+def test_words_that_say_they_have_no_sign_are_the_same_words(tmp_path):
+    folder, values = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    change(folder, qweight=lambda words: words.view(np.uint32), qzeros=lambda words: words.view(np.uint32))
+    tensors = read_foreign(open_checkpoint(str(folder))).checkpoint.tensors
+    assert all(np.array_equal(tensors[name].load().numpy(), wanted) for name, wanted in values.items())
+
+
+@pytest.mark.parametrize("part", INDICES)
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "uint8"])
+def test_an_index_of_another_type_is_refused(tmp_path, part, kind):
+    method, scheme, more = INDICES[part]
+    folder, _ = make_foreign(tmp_path / "m", method, scheme, **more)
+    change(folder, **{part: lambda index: (index + (0.7 if kind.startswith("float") else 0)).astype(kind)})
+    with pytest.raises(InputError, match=f"{part} is of {kind}"):
+        read_everything(folder)
+
+
+@pytest.mark.parametrize("part", INDICES)
+def test_an_index_of_64_bits_says_the_same(tmp_path, part):
+    method, scheme, more = INDICES[part]
+    folder, values = make_foreign(tmp_path / "m", method, scheme, **more)
+    change(folder, **{part: lambda index: index.astype(np.int64)})
+    tensors = read_foreign(open_checkpoint(str(folder))).checkpoint.tensors
+    assert all(np.array_equal(tensors[name].load().numpy(), wanted) for name, wanted in values.items())
 
 
 def read_everything(folder):

@@ -216,8 +216,7 @@ def _refusals(
     alike: dict[str, list[TensorId]] = {}
     for tensor, linear in linears.items():
         if linear.grid is None:
-            why = "columns of one group do not stand together (act-order), which no format here stores"
-            alike.setdefault(why, []).append(tensor)
+            alike.setdefault(linear.why_no_grid, []).append(tensor)
     for refusal in () if target is None else target.refusals:
         about = [tensor for tensor in linears if _is_about(refusal, tensor)]
         if about:

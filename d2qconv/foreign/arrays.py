@@ -80,6 +80,23 @@ class Arrays:
             raise self.error(f"the shapes of {' and '.join(parts)} do not fit together")
         return n // by
 
+    def whole_groups(self, n_in: int, n_groups: int, index: str) -> None:
+        """Columns that no index puts into groups must be as many in each. index: what is not there."""
+        if n_in % n_groups:
+            raise self.error(
+                f"{n_in} columns cannot be split into {n_groups} groups of one length, and there is no {index} that "
+                "says which column is in which group"
+            )
+
+    def check_group(self, said: object, n_in: int, n_groups: int) -> None:
+        """A group size of config.json, -1 for a whole row; the tools' last group may be shorter than the others."""
+        group = n_in if said == -1 else said
+        if type(group) is not int or group < 1 or -(-n_in // group) != n_groups:
+            meant = "one group a row" if said == -1 else f"groups of {said!r:.20} columns"
+            raise self.error(
+                f"config.json says {meant}, and by its shapes there are {n_groups} groups for {n_in} columns"
+            )
+
     def expect(self, part: str, found: int, wanted: int) -> None:
         """A length must be that of the others."""
         if found != wanted:

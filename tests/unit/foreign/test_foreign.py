@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import Scheme, change, make_foreign
+from safetensors.numpy import load_file
 
 from d2qconv.arch.bind import bind
 from d2qconv.checkpoint.open import open_checkpoint
@@ -127,6 +128,12 @@ INDICES = {
 }
 
 
+def ct(**weights):
+    """A config whose weights are 4 bits in groups of 32, but for what is said."""
+    said = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32} | weights
+    return {"config": {"config_groups": {"g": {"targets": ["Linear"], "weights": said}}}}
+
+
 #: method, scheme, how it is written, what is changed in arrays, the error and words of it
 BAD = {
     "v1-zeros-ambiguous": (
@@ -144,6 +151,12 @@ BAD = {
     "index-short": ("gptq", Scheme(4, 32), {}, {"g_idx": lambda i: i[:-1]}, InputError, "g_idx has shape"),
     "bits": ("gptq", Scheme(4, 32), {"config": {"bits": 3}}, {}, InputError, "config.json says 3 bits"),
     "group": ("gptq", Scheme(4, 32), {"config": {"group_size": 64}}, {}, InputError, "groups of 64 columns"),
+    "group-is-a-row": (
+        "gptq", Scheme(4, 32), {"config": {"group_size": -1}}, {}, InputError, "says one group a row, and by its shapes there are 4 groups",
+    ),
+    "group-is-a-row-awq": ("awq", Scheme(4, 32, False), {"config": {"group_size": -1}}, {}, InputError, "says one group a row"),
+    "group-is-a-row-auto-round": ("auto-round", Scheme(4, 32), {"config": {"group_size": -1}}, {}, InputError, "one group a row"),
+    "group-nothing": ("gptq", Scheme(4, 32), {"config": {"group_size": 0}}, {}, InputError, "says groups of 0 columns"),
     "no-zeros": ("gptq", Scheme(4, 32), {}, {"qzeros": None}, InputError, "qzeros is missing"),
     "cut-scales": ("gptq", Scheme(4, 32), {}, {"scales": lambda s: s[:, :-1].copy()}, InputError, "do not fit together"),
     "nan-scales": ("gptq", Scheme(4, 32), {}, {"scales": lambda s: s * np.float16("nan")}, InputError, "NaN or Inf"),
@@ -163,14 +176,38 @@ BAD = {
     ),
     "ct-activations": (
         "compressed-tensors", Scheme(4, 32), {"config": {"config_groups": {"g": {
-            "weights": {"num_bits": 4}, "input_activations": {"num_bits": 8}}}}}, {}, PlanError, "input activations too",
+            "weights": {"num_bits": 4, "strategy": "channel"}, "input_activations": {"num_bits": 8}}}}}, {}, PlanError, "input activations too",
     ),
     "ct-format": (
         "compressed-tensors", Scheme(4, 32), {"config": {"format": "float-quantized"}}, {}, PlanError, "'float-quantized'",
     ),
     "ct-bits": (
-        "compressed-tensors", Scheme(4, 32), {"config": {"config_groups": {"g": {"weights": {"num_bits": 3}}}}}, {},
+        "compressed-tensors", Scheme(4, 32), {"config": {"config_groups": {"g": {"weights": {"num_bits": 3, "group_size": 32}}}}}, {},
         InputError, "are none of config.json's schemes",
+    ),
+    "ct-group": ("compressed-tensors", Scheme(4, 32), ct(group_size=64), {}, InputError, "4 bits without zero points in groups of 64"),
+    "ct-channel": ("compressed-tensors", Scheme(4, 32), ct(strategy="channel"), {}, InputError, "in one group a row"),
+    "ct-not-channel": ("compressed-tensors", Scheme(4, -1), ct(strategy="group", group_size=32), {}, InputError, "in groups of 32"),
+    "ct-strategy": ("compressed-tensors", Scheme(4, 32), ct(strategy="tensor"), {}, PlanError, "has the strategy 'tensor'"),
+    "ct-no-strategy": (
+        "compressed-tensors", Scheme(4, 32), ct(strategy=None, group_size=None), {}, PlanError, "has the strategy 'tensor'",
+    ),
+    "ct-no-size": ("compressed-tensors", Scheme(4, 32), ct(group_size=None), {}, PlanError, "group_size of None"),
+    "ct-order-no-index": (
+        "compressed-tensors", Scheme(4, 32, order=True), {}, {"weight_g_idx": None}, InputError, "actorder is group, and there is no",
+    ),
+    "ct-index-no-order": (
+        "compressed-tensors", Scheme(4, 32, order=True), ct(), {}, InputError, "actorder is not group, and there is a",
+    ),
+    "ct-zeros-out-of-range": (
+        "compressed-tensors", Scheme(4, 32, False), {"signed_zeros": True}, {"weight_zero_point": lambda z: z - 60},
+        InputError, "values that 4 bits do not have",
+    ),
+    "ct-several-ways": (
+        "compressed-tensors", Scheme(4, -1), {"config": {"config_groups": {
+            str(bits): ct(num_bits=bits, strategy="channel")["config"]["config_groups"]["g"] for bits in (3, 4)}},
+            "model": {"hidden": 32, "head_dim": 32, "heads": 1}},
+        {}, InputError, "may be 3 bits, by words or 4 bits, dense",
     ),
     "ct-no-shape": (
         "compressed-tensors", Scheme(4, 32), {}, {"weight_shape": None}, InputError, "weight_shape is not there",
@@ -190,6 +227,57 @@ def test_what_contradicts_itself_or_is_not_known_is_refused(tmp_path, case):
     folder, _ = make_foreign(tmp_path / "m", method, scheme, **more)
     change(folder, **arrays)
     with pytest.raises(error, match=words):
+        read_everything(folder)
+
+
+#: 72 columns and rows everywhere.
+ODD = {"hidden": 72, "ffn": 72, "heads": 1, "kv_heads": 1, "head_dim": 72}
+
+
+def ragged(group):
+    """An index of groups of which the last one is shorter, as AutoGPTQ makes it; n_in = 72 there."""
+    return lambda index: (np.arange(len(index)) // group).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("group", "n_groups", "runs"), [(64, 2, None), (48, 2, None), (72, 1, 72), (128, 1, 72), (16, 5, None)]
+)
+def test_a_last_group_that_is_shorter_is_read_and_no_grid_has_it(tmp_path, group, n_groups, runs):
+    """AutoGPTQ allocates ceil(n_in / group) groups."""
+    config = {"group_size": group, "bits": 4}
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, -1), config=config, model=ODD)
+    random = np.random.default_rng(1)
+
+    def more(scales):
+        return np.concatenate([scales * np.float16(random.choice([1, 2, 4])) for _ in range(n_groups)])
+
+    change(folder, g_idx=ragged(group), scales=more, qzeros=lambda z: np.concatenate([z] * n_groups))
+    found = read_foreign(open_checkpoint(str(folder)))
+    steps = {n: a for n, a in load_file(folder / "model.safetensors").items() if n.endswith("scales")}
+    for linear in found.linears.values():
+        at = np.arange(72) // group
+        step = steps[f"{linear.module}.scales"].T.astype(np.float32)[:, at]
+        codes = linear.codes().numpy().astype(np.float32)
+        assert np.array_equal(linear.decode().numpy(), (codes - 8) * step)
+        assert (None if linear.grid is None else linear.grid.group) == runs
+        assert ("no whole number of groups of" in linear.why_no_grid) == (runs is None)
+
+
+def test_groups_of_a_length_that_no_format_has_are_told_from_act_order(tmp_path):
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 24), model=ODD)
+    found = read_foreign(open_checkpoint(str(folder))).linears.values()
+    assert {linear.why_no_grid for linear in found} == {
+        "its groups are of 24 columns, which no format here stores"
+    }
+
+
+def test_a_ragged_group_without_an_index_is_refused(tmp_path):
+    folder, _ = make_foreign(
+        tmp_path / "m", "gptq", Scheme(4, 8), config={"group_size": 16}, index=False,
+        model=ODD,
+    )  # fmt: skip
+    change(folder, scales=lambda s: s[:5].copy(), qzeros=lambda z: z[:5].copy())
+    with pytest.raises(InputError, match="72 columns cannot be split into 5 groups of one length"):
         read_everything(folder)
 
 
@@ -259,7 +347,7 @@ def test_integers_in_a_checkpoint_of_floats_are_refused(tmp_path):
 
 
 def test_both_a_float_matrix_and_its_codes_are_refused(tmp_path):
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     folder, values = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32))
     tensors = load_file(folder / "model.safetensors")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import PluginError, Refusal, VerifyError, refuse
+from d2qconv.errors import InputError, PluginError, Refusal, VerifyError, refuse
 from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
 from d2qconv.exporters.manifest import read_manifest
 from d2qconv.foreign.linear import ForeignLinear
@@ -36,6 +36,7 @@ from d2qconv.outcome import AlsoWritten
 from d2qconv.packaging import check_place, grids_of, plan_also, write_package
 from d2qconv.progress import Watch
 from d2qconv.quant.sweep import round_to_nearest
+from d2qconv.run import CalibrationSpec, Recipe
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
 
     Raises InputError, PlanError, PluginError.
     """
+    _require_untouched(job)
     check_places(job)
     desc = bind(foreign.checkpoint)
     names = checkpoint_names(foreign.checkpoint.config)
@@ -137,6 +139,25 @@ def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
     )
     also = tuple(plan_also(a, desc, foreign.checkpoint, Carrier.NONE, storages) for a in job.also)
     return PlannedImport(job, foreign, desc, linears, main, also)
+
+
+def _require_untouched(job: Job) -> None:
+    """Raise InputError for what is asked of a quantization: nothing here would do it."""
+    names = [
+        "calibration" if field.name == "source" else field.name
+        for part, untouched in ((job.recipe, Recipe()), (job.calibration, CalibrationSpec()))
+        for field in fields(part)
+        if getattr(part, field.name) != getattr(untouched, field.name)
+    ]
+    machine = ("carrier", "device", "work_dir", "max_gpu_mem", "max_host_mem")
+    names += [name for name in machine if getattr(job, name) is not None]
+    if names:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InputError(
+            f"the checkpoint is quantized already, and nothing is quantized: {given} would do nothing",
+            where=job.model,
+            todo="add --requantize, or leave it out",
+        )
 
 
 def convert_import(planned: PlannedImport, watch: Watch) -> Imported:

@@ -15,6 +15,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import ExportError, InputError, Refusal
+from d2qconv.exporters.adopted import idle_options
 from d2qconv.exporters.base import (
     Carrier,
     Check,
@@ -79,6 +80,9 @@ class HfExporter:
     ) -> TargetPlan:
         """The groups of the other format, with zero points where it has them; see `Adopting`."""
         refusals = self._carrier_refusals(model, carrier)
+        refusals += self._option_refusals(model)
+        # Floats stay floats here, so that no rule about single matrices can act either.
+        refusals += idle_options(self.options, ("type", "group_size", "zero", "tensor_type"))
         shapes = {} if refusals else adopted_shapes(model, storages)
         return self._target(
             model, carrier, shapes, lambda t, shape: self._adopted(model, t, shape, storages.get(t)), refusals

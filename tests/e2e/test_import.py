@@ -11,8 +11,11 @@ import torch
 from foreign_models import Scheme, make_foreign
 from random_models import LLAMA_5M
 
+import d2qconv
 from d2qconv.cli import main
+from d2qconv.errors import PlanError
 from d2qconv_gguf.reader import read_model as read_gguf
+from d2qconv_hf import HfOptions
 from d2qconv_hf.container import open_folder
 from d2qconv_hf.reader import read_model as read_folder
 from d2qconv_onnx.container import open_model
@@ -103,14 +106,89 @@ def test_what_no_type_holds_is_refused_with_its_cost_and_requantized_on_request(
     assert 0 < report["kld"] < 1e-3
 
 
-def test_options_that_contradict_an_import_are_refused(tmp_path, capsys):
+#: exporter → options that cannot act on what is quantized already, in words and as refusals name them
+IDLE = {
+    "gguf": (
+        [
+            "--type",
+            "q4_k",
+            "--pad",
+            "auto",
+            "--candidates",
+            "q2_k",
+            "--imatrix",
+            "i.gguf",
+            "--tensor-type",
+            "v=q4_0",
+        ],
+        ("type", "pad", "candidates", "imatrix", "tensor-type v=q4_0"),
+    ),
+    "onnx": (
+        ["--type", "int4", "--block-size", 32, "--tensor-type", "v=int4"],
+        ("type", "block-size", "tensor-type v=int4"),
+    ),
+    "gptq": (
+        ["--type", "int4", "--group-size", 32, "--zero", "none", "--tensor-type", "v=int4"],
+        ("type", "group-size", "zero", "tensor-type"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_options_that_cannot_act_on_an_import_are_refused(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    words, refused = IDLE[name]
     folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32))
-    code, report = run(capsys, "to-gguf", folder, "-o", tmp_path / "m.gguf", "--type", "q4_k")
+    code, report = run(capsys, f"to-{name}", folder, "-o", tmp_path / "o", *words)
     assert code == 3
-    assert "the codes are there already" in report["error"]["message"]
+    message = report["error"]["message"]
+    for option in refused:
+        assert f"option {option}: the codes are there already" in message, option
+    assert {path.name for path in tmp_path.iterdir()} == {"m"}
+
+
+def test_a_rule_about_a_matrix_of_floats_acts(tmp_path, capsys):
+    """v stays as it was in the checkpoint, so its type is for the options to say."""
+    name = "model.layers.0.self_attn.v_proj.weight"
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32), keep=(name,))
+    for target, rule, kind in (("gguf", "v=q8_0", "q8_0"), ("onnx", "v=int4", "affine4_g64_int_f32")):
+        code, plan = run(
+            capsys, f"to-{target}", folder, "-o", tmp_path / target, "--tensor-type", rule, "--dry-run"
+        )
+        assert code == 0, plan
+        assert {t["type"] for t in plan["tensors"] if t["id"] == "blk.0.v.weight"} == {kind}
+
+
+#: Each is of a quantization, and says another thing than the default.
+QUANTIZING = {
+    "rotation": "walsh", "carrier": "bias", "refine": "100", "sequences": "5", "calibration": "t.txt", "seed": "3",
+    "damping": "0.5", "work-dir": "w", "device": "cpu", "max-gpu-mem": "1GiB", "max-host-mem": "1GiB",
+}  # fmt: skip
+
+
+def test_options_of_a_quantization_are_refused_by_name(tmp_path, capsys):
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    words = [word for option, value in QUANTIZING.items() for word in (f"--{option}", value)]
+    code, report = run(capsys, "to-gptq", folder, "-o", tmp_path / "o", *words, "--dac", "--no-refit")
+    assert code == 2
+    for option in (*QUANTIZING, "dac", "refit"):
+        assert f"--{option}" in report["error"]["message"], option
+    assert "add --requantize, or leave it out" in report["error"]["message"]
+    assert not (tmp_path / "o").exists()
+    code, report = run(capsys, "to-gptq", folder, "-o", tmp_path / "o", "--sequences", "128", "--dry-run")
+    assert code == 0, report
     code, report = run(capsys, "to-gguf", LLAMA_5M, "-o", tmp_path / "m.gguf", "--requantize", "--dry-run")
     assert code == 2
     assert "is not quantized" in report["error"]["message"]
+
+
+def test_the_library_refuses_them_too_and_takes_defaults(tmp_path):
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    with pytest.raises(PlanError, match="option group-size: the codes are there already"):
+        d2qconv.export(folder, tmp_path / "o", to="gptq", options=HfOptions(group_size="32"))
+    done = d2qconv.export(folder, tmp_path / "o", to="gptq", options=HfOptions(max_shard_size="60kB"))
+    assert done.n_exact == 7
+    assert len(list((tmp_path / "o").glob("*.safetensors"))) > 1
 
 
 def test_a_package_of_ours_becomes_another(tmp_path, capsys):

@@ -65,28 +65,33 @@ class PlannedImport:
 
     @cached_property
     def rounded(self) -> tuple[tuple[Destination, TensorId], ...]:
-        """Matrices of floats that a package stores in codes: an option says so, or its format knows no floats there."""
+        """Tensors of floats that a package stores in codes, or in a float type that does not hold theirs.
+
+        An option says so, or its format knows no such floats there.
+        """
         return tuple(
-            (to, tensor)
+            (to, planned.id)
             for to in (self.main, *self.also)
-            for tensor in grids_of(to.target)
-            if tensor not in self.linears
+            for planned in to.target.tensors
+            if planned.id not in self.linears and _may_round(planned.storage, self.desc.tensors[planned.id])
         )
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of floats that was rounded to nearest. format: of the package. error: ‖W − Ŵ‖² / ‖W‖²."""
+    """A tensor of floats that was rounded to nearest. format: of the package. error: ‖W − Ŵ‖² / ‖W‖²."""
 
     format: str
-    tensor: str
+    tensor: TensorId
     type_name: str
     error: float
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was done. n_exact: matrices that have the source's values, every one. rounded: those that were floats."""
+    """What was done. n_exact: matrices that have the source's values, every one. rounded: floats of
+    which any value changed.
+    """
 
     path: Path
     n_bytes: int
@@ -183,7 +188,7 @@ def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
         bits_per_weight=planned.bits_per_weight,
         dialect=planned.foreign.dialect,
         n_exact=len(planned.linears),
-        rounded=[_error(planned, to, tensor) for to, tensor in planned.rounded],
+        rounded=[*_errors(planned)],
         checks=checks,
         loads_in=planned.target.loads_in,
         fingerprint=content,
@@ -218,15 +223,25 @@ def _nearest(w: Tensor, grid: Grid) -> Coded:
     return round_to_nearest(w, torch.ones(w.shape[1]), grid)
 
 
-def _error(planned: PlannedImport, to: Destination, tensor: TensorId) -> Rounded:
-    grid = grids_of(to.target)[tensor]
-    return Rounded(to.info.name, str(tensor), grid.id, _cost(planned.desc.tensors[tensor], grid))
+def _may_round(storage: Grid | FloatType, dense: Dense) -> bool:
+    """Whether a storage has other values than floats of this type."""
+    return not isinstance(storage, FloatType) or storage.dtype not in (torch.float32, dense.dtype)
 
 
-def _cost(dense: Dense, grid: Grid) -> float:
+def _errors(planned: PlannedImport) -> Iterator[Rounded]:
+    """What was rounded; not what happens to have all its values in the narrower type."""
+    for to, tensor in planned.rounded:
+        stored = to.target.by_id[tensor]
+        cost = _cost(planned.desc.tensors[tensor], stored.storage)
+        if cost > 0:
+            yield Rounded(to.info.name, tensor, stored.type_name, cost)
+
+
+def _cost(dense: Dense, storage: Grid | FloatType) -> float:
     """‖W − Ŵ‖² / ‖W‖² of rounding to nearest."""
     w = dense.load().to(torch.float32)
-    difference = _nearest(w, grid).decode() - w
+    rounded = w.to(storage.dtype).float() if isinstance(storage, FloatType) else _nearest(w, storage).decode()
+    difference = rounded - w
     return float(difference.double().square().sum() / w.double().square().sum().clamp_min(1e-30))
 
 

@@ -33,6 +33,9 @@ from d2qconv_hf.dialects.base import (
     zeros_of,
 )
 
+#: Columns of a group (mlx, `quantized_matmul`).
+_GROUPS = (32, 64, 128)
+
 
 class Mlx:
     """The dialect; see the module."""
@@ -44,6 +47,9 @@ class Mlx:
         n_out, n_in = shape
         if grid.is_per_channel:
             return Refusal("option group-size", "MLX has no scale for a whole row", "use 32, 64 or 128")
+        if grid.group not in _GROUPS:
+            why = f"MLX has no groups of {grid.group} columns"
+            return Refusal("option group-size", why, f"use one of {', '.join(map(str, _GROUPS))}")
         if grid.zero == "integer" and (grid.scale == "bf16" or not grid.significand or grid.bits == 8):
             why = f"MLX stores -zero · scale, which {grid.scale} does not hold exactly for {grid.bits} bits"
             return Refusal("option zero", why, "add --zero none, or keep --dtype float16 and fewer bits")

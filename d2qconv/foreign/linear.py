@@ -98,7 +98,11 @@ class ForeignLinear:
         )
 
     def coded(self) -> Coded:
-        """Codes and parameters as they are, on `grid`."""
+        """Codes and parameters as they are, on `grid`.
+
+        Where a step is 0, every code says 0, some of them -0.0. MLX's offset cannot say which, so all codes there
+        become the zero point's.
+        """
         grid = self.grid
         assert grid is not None, "asked only where there is a grid"
         at = self._column[:: grid.group].long()
@@ -107,7 +111,15 @@ class ForeignLinear:
         if grid.zero == "integer":
             assert zero is not None, "a grid with zero points has them"
             params["zero"] = zero[:, at].to(torch.uint8).contiguous()
-        return Coded(grid, self.shape, self.codes(), params)
+        codes, is_nothing = self.codes(), params["step"] == 0
+        if bool(is_nothing.any()):
+            params["step"][is_nothing] = 0.0
+            zeros = params.get("zero", torch.full_like(params["step"], self._middle, dtype=torch.uint8))
+            every = grid.group
+            codes = torch.where(
+                is_nothing.repeat_interleave(every, 1), zeros.repeat_interleave(every, 1), codes
+            )
+        return Coded(grid, self.shape, codes, params)
 
     @property
     def _middle(self) -> int:

@@ -97,8 +97,30 @@ def test_steps_of_few_bits_are_known_as_such(tmp_path):
     assert all(linear.grid.has_f16_offsets for linear in foreign.linears.values())
 
 
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_whose_step_is_nothing_have_no_signs(tmp_path, symmetric):
+    """-0.0 is a value that MLX's offsets cannot say; all values stay equal."""
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32, symmetric), version=2,
+                             config={"checkpoint_format": "gptq_v2"})  # fmt: skip
+    random = np.random.default_rng(0)
+    change(folder, scales=lambda s: (s * random.choice([-0.0, 0.0, 1.0, -1.0], s.shape)).astype(s.dtype))
+    for linear in read_foreign(open_checkpoint(str(folder))).linears.values():
+        coded = linear.coded()
+        nothing = coded.params["step"] == 0
+        assert nothing.any()
+        assert not nothing.all()
+        assert torch.equal(coded.decode(), linear.decode())
+        values = coded.decode().view(len(nothing), -1, 32)[nothing]
+        assert not torch.signbit(values).any()
+
+
+def test_two_configs_that_differ_are_refused(tmp_path):
+    folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    config = json.loads((folder / "config.json").read_text())
+    config["compression_config"] = config["quantization_config"] | {"bits": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="say different things"):
+        read_everything(folder)
 
 
 # ruff: noqa: E501 one case a line

@@ -304,13 +304,16 @@ class HfExporter:
         if tensor.role not in LINEARS:
             # Floats that hold every decoded value.
             return self._float(model, tensor, shape, FloatType.F32, note)
-        refused = None
+        refused, facts = None, self.dialect.facts
+        if facts.has_offsets and types.overflows(given):
+            why = f"{facts.name} stores -zero · step, which f16 does not hold for these steps"
+            return Refusal(str(tensor), why, "quantize it again")
         for grid in types.holding(given):
             planned = self._coded(model, tensor, shape, grid, note)
             if isinstance(planned, TensorPlan):
                 return planned
             refused = refused or planned
-        why = f"no layout of {self.dialect.facts.name} holds the values of {given.id} exactly"
+        why = f"no layout of {facts.name} holds the values of {given.id} exactly"
         return refused or Refusal(str(tensor), why, "use a type with f16 or bf16 steps, such as q4_0")
 
     def _content(self, model: ModelDesc, tensors: Sequence[TensorPlan]) -> Content:

@@ -18,7 +18,7 @@ from d2qconv.errors import Refusal
 from d2qconv.exporters.base import FloatType, TensorPlan
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
-from d2qconv.grids.exact import as_affine, holds
+from d2qconv.grids.exact import FoundGrid, as_affine, holds
 
 #: Bits of a code by the name of the type.
 BITS: Mapping[str, int] = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
@@ -81,6 +81,11 @@ def holding(given: Grid) -> Iterator[AffineGrid]:
         )
         if holds(wide, given):
             yield wide
+
+
+def overflows(given: Grid) -> bool:
+    """Whether -zero · step is known not to be an f16 everywhere, where steps are f16."""
+    return isinstance(given, FoundGrid) and given.scale == "f16" and not given.has_f16_offsets
 
 
 def dtype_of(tensors: Sequence[TensorPlan]) -> str:

@@ -342,3 +342,15 @@ def test_one_group_a_row_becomes_one_group_a_row(tmp_path, capsys):
         found = {str(t): dense for t, dense in read(target, tmp_path / target).items()}
         for tensor, values in values_of(wanted).items():
             assert torch.equal(found[tensor].load(), values), (target, tensor)
+
+
+def test_steps_whose_offsets_are_too_large_are_refused_before_anything_is_written(tmp_path, capsys):
+    folder, _ = foreign(tmp_path / "m", "gptq", Scheme(4, 32))
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("scales"):
+            tensors[name] = torch.full_like(tensors[name], 60000.0)
+    save_file(tensors, folder / "model.safetensors")
+    code, report = run(capsys, "to-mlx", folder, "-o", tmp_path / "o", "--dry-run")
+    assert code == 3
+    assert "stores -zero · step, which f16 does not hold" in report["error"]["message"]

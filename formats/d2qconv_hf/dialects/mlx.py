@@ -40,7 +40,7 @@ _GROUPS = (32, 64, 128)
 class Mlx:
     """The dialect; see the module."""
 
-    facts = Facts("mlx", "mlx-lm", "0.30", 1e-4, frozenset({"llama"}))
+    facts = Facts("mlx", "mlx-lm", "0.30", 1e-4, frozenset({"llama"}), has_offsets=True)
 
     def refuse(self, grid: AffineGrid, shape: Sequence[int]) -> Refusal | None:
         """Rows must fill whole words; a group cannot be a row; -zero · scale must be exact."""

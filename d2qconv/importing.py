@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.checkpoint.digest import content_digest
 from d2qconv.checkpoint.open import Checkpoint, open_checkpoint
-from d2qconv.errors import PluginError, Refusal, VerifyError, refuse
+from d2qconv.errors import InputError, PluginError, Refusal, VerifyError, refuse
 from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, TargetPlan
 from d2qconv.exporters.manifest import read_manifest
 from d2qconv.foreign.linear import ForeignLinear
@@ -37,6 +37,7 @@ from d2qconv.outcome import AlsoWritten
 from d2qconv.packaging import check_place, grids_of, plan_also, written_package
 from d2qconv.progress import Watch
 from d2qconv.quant.sweep import round_to_nearest
+from d2qconv.run import CalibrationSpec, Recipe
 
 
 @dataclass(frozen=True)
@@ -65,28 +66,33 @@ class PlannedImport:
 
     @cached_property
     def rounded(self) -> tuple[tuple[Destination, TensorId], ...]:
-        """Matrices of floats that a package stores in codes: an option says so, or its format knows no floats there."""
+        """Tensors of floats that a package stores in codes, or in a float type that does not hold theirs.
+
+        An option says so, or its format knows no such floats there.
+        """
         return tuple(
-            (to, tensor)
+            (to, planned.id)
             for to in (self.main, *self.also)
-            for tensor in grids_of(to.target)
-            if tensor not in self.linears
+            for planned in to.target.tensors
+            if planned.id not in self.linears and _may_round(planned.storage, self.desc.tensors[planned.id])
         )
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of floats that was rounded to nearest. format: of the package. error: ‖W − Ŵ‖² / ‖W‖²."""
+    """A tensor of floats that was rounded to nearest. format: of the package. error: ‖W − Ŵ‖² / ‖W‖²."""
 
     format: str
-    tensor: str
+    tensor: TensorId
     type_name: str
     error: float
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was done. n_exact: matrices that have the source's values, every one. rounded: those that were floats."""
+    """What was done. n_exact: matrices that have the source's values, every one. rounded: floats of
+    which any value changed.
+    """
 
     path: Path
     n_bytes: int
@@ -116,6 +122,7 @@ def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
 
     Raises InputError, PlanError, PluginError.
     """
+    _require_untouched(job)
     check_places(job)
     desc = bind(foreign.checkpoint)
     names = checkpoint_names(foreign.checkpoint.config)
@@ -138,6 +145,25 @@ def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
     )
     also = tuple(plan_also(a, desc, foreign.checkpoint, Carrier.NONE, storages) for a in job.also)
     return PlannedImport(job, foreign, desc, linears, main, also)
+
+
+def _require_untouched(job: Job) -> None:
+    """Raise InputError for what is asked of a quantization: nothing here would do it."""
+    names = [
+        "calibration" if field.name == "source" else field.name
+        for part, untouched in ((job.recipe, Recipe()), (job.calibration, CalibrationSpec()))
+        for field in fields(part)
+        if getattr(part, field.name) != getattr(untouched, field.name)
+    ]
+    machine = ("carrier", "device", "work_dir", "max_gpu_mem", "max_host_mem")
+    names += [name for name in machine if getattr(job, name) is not None]
+    if names:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InputError(
+            f"the checkpoint is quantized already, and nothing is quantized: {given} would do nothing",
+            where=job.model,
+            todo="add --requantize, or leave it out",
+        )
 
 
 def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
@@ -165,7 +191,7 @@ def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
         bits_per_weight=planned.bits_per_weight,
         dialect=planned.foreign.dialect,
         n_exact=len(planned.linears),
-        rounded=[_error(planned, to, tensor) for to, tensor in planned.rounded],
+        rounded=[*_errors(planned)],
         checks=checks,
         loads_in=planned.target.loads_in,
         fingerprint=content,
@@ -201,15 +227,25 @@ def _nearest(w: Tensor, grid: Grid) -> Coded:
     return round_to_nearest(w, torch.ones(w.shape[1]), grid)
 
 
-def _error(planned: PlannedImport, to: Destination, tensor: TensorId) -> Rounded:
-    grid = grids_of(to.target)[tensor]
-    return Rounded(to.info.name, str(tensor), grid.id, _cost(planned.desc.tensors[tensor], grid))
+def _may_round(storage: Grid | FloatType, dense: Dense) -> bool:
+    """Whether a storage has other values than floats of this type."""
+    return not isinstance(storage, FloatType) or storage.dtype not in (torch.float32, dense.dtype)
 
 
-def _cost(dense: Dense, grid: Grid) -> float:
+def _errors(planned: PlannedImport) -> Iterator[Rounded]:
+    """What was rounded; not what happens to have all its values in the narrower type."""
+    for to, tensor in planned.rounded:
+        stored = to.target.by_id[tensor]
+        cost = _cost(planned.desc.tensors[tensor], stored.storage)
+        if cost > 0:
+            yield Rounded(to.info.name, tensor, stored.type_name, cost)
+
+
+def _cost(dense: Dense, storage: Grid | FloatType) -> float:
     """‖W − Ŵ‖² / ‖W‖² of rounding to nearest."""
     w = dense.load().to(torch.float32)
-    difference = _nearest(w, grid).decode() - w
+    rounded = w.to(storage.dtype).float() if isinstance(storage, FloatType) else _nearest(w, storage).decode()
+    difference = rounded - w
     return float(difference.double().square().sum() / w.double().square().sum().clamp_min(1e-30))
 
 
@@ -220,8 +256,7 @@ def _refusals(
     alike: dict[str, list[TensorId]] = {}
     for tensor, linear in linears.items():
         if linear.grid is None:
-            why = "columns of one group do not stand together (act-order), which no format here stores"
-            alike.setdefault(why, []).append(tensor)
+            alike.setdefault(linear.why_no_grid, []).append(tensor)
     for refusal in () if target is None else target.refusals:
         about = [tensor for tensor in linears if _is_about(refusal, tensor)]
         if about:

@@ -65,11 +65,11 @@ def read_auto_round(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterat
         )
     extra = config.get("extra_config")
     for module in _modules(checkpoint):
+        own = extra.get(module) if isinstance(extra, Mapping) else None
+        said = {**config, **own} if isinstance(own, Mapping) else config
         if packing == AWQ_PACKING:
-            yield _awq(checkpoint, module, config)
+            yield _awq(checkpoint, module, said)
         else:
-            own = extra.get(module) if isinstance(extra, Mapping) else None
-            said = {**config, **own} if isinstance(own, Mapping) else config
             yield _gptq(checkpoint, module, said, PACKINGS[packing], needs_index=False, is_mixed=False)
 
 
@@ -96,22 +96,20 @@ def _gptq(
 ) -> ForeignLinear:
     """One linear. shift: added to stored zero points."""
     arrays = Arrays(checkpoint, module)
-    codes, zeros, scales = (arrays.matrix(part) for part in ("qweight", "qzeros", "scales"))
+    codes, zeros, scales = arrays.words("qweight"), arrays.words("qzeros"), arrays.scales("scales")
     n_groups, n_out = scales.shape
     bits = arrays.whole(zeros.shape[1] * 32, n_out, "qzeros", "scales")
     n_in = arrays.whole(codes.shape[0] * 32, bits, "qweight", "qzeros")
     arrays.expect("qweight", codes.shape[1], n_out)
     arrays.expect("qzeros", zeros.shape[0], n_groups)
-    index = arrays.optional("g_idx")
-    if index is not None and index.shape != (n_in,):
-        raise arrays.error(f"g_idx has shape {list(index.shape)}, and there are {n_in} columns")
+    index = arrays.index("g_idx", n_in, n_groups)
     if index is None and needs_index:
         raise arrays.error(
             "config.json says desc_act, and there is no g_idx that says which column is in which group"
         )
-    if index is None or n_groups == 1:
-        arrays.whole(n_in, n_groups, "qweight", "scales")
-    _check_config(arrays, config, bits, n_in // max(n_groups, 1), is_mixed=is_mixed)
+    _check_config(arrays, config, bits, n_in, n_groups, is_mixed=is_mixed)
+    if index is None:
+        arrays.whole_groups(n_in, n_groups, "g_idx")
     is_symmetric = config.get("sym") is True and not is_mixed
 
     def read_zeros() -> Tensor:
@@ -131,22 +129,22 @@ def _gptq(
         codes=lambda: unpack_dense(codes.load().T, bits, n_in),
         steps=lambda: _turned(scales.load()),
         zeros=read_zeros,
-        index=None if index is None else index.load,
+        index=index,
     )
 
 
 def _awq(checkpoint: Checkpoint, module: str, config: Mapping[str, Any]) -> ForeignLinear:
     arrays = Arrays(checkpoint, module)
-    codes, zeros, scales = (arrays.matrix(part) for part in ("qweight", "qzeros", "scales"))
+    codes, zeros, scales = arrays.words("qweight"), arrays.words("qzeros"), arrays.scales("scales")
     n_groups, n_out = scales.shape
     n_in = codes.shape[0]
     bits = arrays.whole(codes.shape[1] * 32, n_out, "qweight", "scales")
     arrays.expect("qzeros", zeros.shape[1], codes.shape[1])
     arrays.expect("qzeros", zeros.shape[0], n_groups)
-    arrays.whole(n_in, n_groups, "qweight", "scales")
     if bits != 4:
         raise arrays.error(f"has {bits} bits, and AWQ's words hold 8 codes of 4")
-    _check_config(arrays, config, bits, n_in // n_groups, is_mixed=False)
+    _check_config(arrays, config, bits, n_in, n_groups, is_mixed=False)
+    arrays.whole_groups(n_in, n_groups, "index")
     return ForeignLinear(
         module=module,
         shape=(n_out, n_in),
@@ -170,7 +168,7 @@ def _awq_codes(words: Tensor) -> Tensor:
 
 
 def _check_config(
-    arrays: Arrays, config: Mapping[str, Any], bits: int, group: int, *, is_mixed: bool
+    arrays: Arrays, config: Mapping[str, Any], bits: int, n_in: int, n_groups: int, *, is_mixed: bool
 ) -> None:
     """What config.json says of a linear must be what its shapes say. is_mixed: it may say so in patterns not read."""
     check_bits(arrays, bits)
@@ -180,9 +178,8 @@ def _check_config(
     if said_bits is not None and said_bits != bits:
         raise arrays.error(f"config.json says {said_bits!r:.20} bits, its shapes say {bits}")
     said = config.get("group_size", config.get("q_group_size"))
-    n_in = group if said in (-1, None) else said
-    if type(n_in) is not int or n_in != group:
-        raise arrays.error(f"config.json says groups of {said!r:.20} columns, its shapes say {group}")
+    if said is not None:
+        arrays.check_group(said, n_in, n_groups)
 
 
 def _check_symmetric(arrays: Arrays, zeros: Tensor, bits: int, *, is_symmetric: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -55,7 +56,7 @@ class ForeignLinear:
 
     @cached_property
     def grid(self) -> FoundGrid | None:
-        """The affine grid that it is on; None if columns of one group do not stand together (act-order).
+        """The affine grid that it is on; None if its groups are on none, and `why_no_grid` says why.
 
         Reads steps and zero points, no codes. The step's type is the narrowest that holds all of them.
         """
@@ -79,8 +80,29 @@ class ForeignLinear:
             has_f16_offsets=_is_f16(offset),
         )
 
+    @cached_property
+    def why_no_grid(self) -> str:
+        """Why there is none, in words; empty where there is one."""
+        if self._runs is not None:
+            return ""
+        n_in, column = self.shape[1], self._column
+        starts = [0, *(int(at) + 1 for at in torch.nonzero(column[1:] != column[:-1])), n_in]
+        sizes = [end - start for start, end in pairwise(starts)]
+        if len(sizes) > len(torch.unique(column)):
+            return "columns of one group do not stand together (act-order), which no format here stores"
+        if min(sizes) == max(sizes):
+            return f"its groups are of {sizes[0]} columns, which no format here stores"
+        return (
+            f"its groups are of {min(sizes)} to {max(sizes)} columns, since {n_in} columns are no whole number of "
+            f"groups of {max(sizes)}; no format here stores that"
+        )
+
     def coded(self) -> Coded:
-        """Codes and parameters as they are, on `grid`."""
+        """Codes and parameters as they are, on `grid`.
+
+        Where a step is 0, every code says 0, some of them -0.0. MLX's offset cannot say which, so all codes there
+        become the zero point's.
+        """
         grid = self.grid
         assert grid is not None, "asked only where there is a grid"
         at = self._column[:: grid.group].long()
@@ -89,7 +111,15 @@ class ForeignLinear:
         if grid.zero == "integer":
             assert zero is not None, "a grid with zero points has them"
             params["zero"] = zero[:, at].to(torch.uint8).contiguous()
-        return Coded(grid, self.shape, self.codes(), params)
+        codes, is_nothing = self.codes(), params["step"] == 0
+        if bool(is_nothing.any()):
+            params["step"][is_nothing] = 0.0
+            zeros = params.get("zero", torch.full_like(params["step"], self._middle, dtype=torch.uint8))
+            every = grid.group
+            codes = torch.where(
+                is_nothing.repeat_interleave(every, 1), zeros.repeat_interleave(every, 1), codes
+            )
+        return Coded(grid, self.shape, codes, params)
 
     @property
     def _middle(self) -> int:

@@ -49,7 +49,11 @@ def read_foreign(checkpoint: Checkpoint) -> Foreign | None:
     """
     if not is_quantized(checkpoint.config):
         return None
-    config = next(checkpoint.config[key] for key in QUANTIZED_KEYS if checkpoint.config.get(key) is not None)
+    config, *others = (
+        checkpoint.config[key] for key in QUANTIZED_KEYS if checkpoint.config.get(key) is not None
+    )
+    if any(other != config for other in others):
+        raise InputError(f"{' and '.join(QUANTIZED_KEYS)} say different things", where=str(checkpoint.path))
     if not isinstance(config, Mapping):
         raise InputError("quantization_config is no object", where=str(checkpoint.path))
     method = config.get("quant_method")

@@ -87,7 +87,9 @@ def holds(wide: Grid, grid: Grid) -> bool:
 
 def _has_same_codes(wide: AffineGrid, narrow: AffineGrid) -> bool:
     """Whether values of `narrow` have the same codes on `wide`."""
-    if narrow.bits != wide.bits or narrow.group % wide.group or wide.is_per_channel:
+    if narrow.bits != wide.bits or narrow.group % wide.group:
+        return False
+    if wide.is_per_channel and not (narrow.is_per_channel and narrow.group == wide.group):
         return False
     is_zero_held = narrow.zero == wide.zero or (narrow.zero, wide.zero) == ("none", "integer")
     is_step_held = wide.significand == 0 or 0 < narrow.significand <= wide.significand

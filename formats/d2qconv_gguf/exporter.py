@@ -15,6 +15,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
 from d2qconv.checkpoint.dense import Dense
 from d2qconv.errors import ExportError, Refusal
+from d2qconv.exporters.adopted import idle_ends, idle_options, idle_rules
 from d2qconv.exporters.base import (
     Candidates,
     Carrier,
@@ -63,7 +64,7 @@ from d2qconv_gguf.names import (
 )
 from d2qconv_gguf.runtime import LlamaCpp, Measured
 from d2qconv_gguf.tokenizer import tokenizer_metadata, tokenizer_refusals, tokenizer_warnings
-from d2qconv_gguf.type_map import TypeMap
+from d2qconv_gguf.type_map import RULES, TypeMap
 from d2qconv_gguf.verify import require_same_function, verify_file
 from d2qconv_gguf.zeros import padding_keys
 
@@ -100,9 +101,10 @@ class GgufExporter:
     ) -> TargetPlan:
         """The type of fewest bytes that holds every value; see `Adopting`."""
         plan = self._plan(model, carrier, None, adopted=storages)
-        why = "the codes are there already, and their values say which type holds them"
-        given = [n for n in ("type", "mix", "size", "bpw") if getattr(self.options, n) is not None]
-        found = [Refusal(f"option {name}", why, "leave it out, or quantize again") for name in given]
+        asked = self.options
+        found = idle_options(asked, ("type", "mix", "size", "bpw", "candidates", "imatrix", "pad"))
+        found += idle_ends(asked, {"embedding": Role.EMBED, "head": Role.HEAD}, storages)
+        found += idle_rules(RULES, asked.tensor_type, storages)
         return replace(plan, refusals=(*plan.refusals, *found))
 
     def candidates(

@@ -192,6 +192,9 @@ class Measured:
 
 
 def _draw(logits: np.ndarray, rng: np.random.Generator) -> int:
+    """A token by its probability; raises VerifyError where there is none."""
+    if not np.isfinite(logits).all():
+        raise VerifyError("llama.cpp computes logits that are not finite", todo="look at the weights' sizes")
     p = np.exp(logits - logits.max())
     return int(rng.choice(len(p), p=p / p.sum()))
 

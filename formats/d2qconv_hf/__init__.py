@@ -22,7 +22,8 @@ class HfOptions:
     tensor_type: ROLE=TYPE or ROLE@BLOCKS=TYPE, such as v=int4 or down@0-3,7=int4: the type of some matrices, whatever
         type says; float leaves them as they are. Roles are q, k, v, o, gate, up and down. May be given again; later
         ones win.
-    dtype: of scales and of everything that stays float; the runtime computes in it.
+    dtype: of scales and of everything that stays float; the runtime computes in it. By default float16; of a checkpoint
+        that is quantized already every tensor keeps its own.
     max_shard_size: split the weights into model-00001-of-0000N.safetensors of at most this size, such as 4GiB.
     """
 
@@ -30,7 +31,7 @@ class HfOptions:
     group_size: Literal["32", "64", "128", "channel"] = "128"
     zero: Literal["auto", "integer", "none"] = "auto"
     tensor_type: tuple[str, ...] = ()
-    dtype: Literal["float16", "bfloat16"] = "float16"
+    dtype: Literal["float16", "bfloat16"] | None = None
     max_shard_size: str = "5GiB"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.budget import parse_size
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import ExportError, InputError, Refusal
+from d2qconv.exporters.adopted import idle_options
 from d2qconv.exporters.base import (
     Carrier,
     Check,
@@ -39,7 +40,6 @@ from d2qconv.exporters.planned import (
 )
 from d2qconv.grids.affine import AffineGrid
 from d2qconv.grids.base import Grid
-from d2qconv.grids.exact import as_affine, holds
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.names import Part, Role, TensorId
 from d2qconv_hf import HfOptions, compatibility, types
@@ -79,9 +79,17 @@ class HfExporter:
     ) -> TargetPlan:
         """The groups of the other format, with zero points where it has them; see `Adopting`."""
         refusals = self._carrier_refusals(model, carrier)
+        refusals += self._option_refusals(model)
+        # Floats stay floats here, so that no rule about single matrices can act either.
+        refusals += idle_options(self.options, ("type", "group_size", "zero", "tensor_type"))
         shapes = {} if refusals else adopted_shapes(model, storages)
-        return self._target(
+        plan = self._target(
             model, carrier, shapes, lambda t, shape: self._adopted(model, t, shape, storages.get(t)), refusals
+        )
+        return replace(
+            plan,
+            refusals=(*plan.refusals, *types.step_refusals(self._dtype(plan.tensors), plan.tensors)),
+            warnings=(*plan.warnings, *types.cast_warnings(self._dtype(plan.tensors), plan.tensors)),
         )
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
@@ -99,14 +107,15 @@ class HfExporter:
         check_complete(model, plan)
         label = _label_of(model.desc, plan.tensors)
         most = parse_size(self.options.max_shard_size, "option max-shard-size")
-        weights = Weights(self.dialect, plan.tensors, label.zeros, types.FLOATS[self.options.dtype].dtype)
+        dtype = self._dtype(plan.tensors)
+        weights = Weights(self.dialect, plan.tensors, label.zeros, types.FLOATS[dtype].dtype)
         digests = weights.write(model, path, most, progress)
         config = package_config(
             model.desc,
             checkpoint.config,
             label.label,
             self.dialect.config(self._content(model.desc, plan.tensors)),
-            self.options.dtype,
+            dtype,
         )
         _write_json(path / "config.json", config)
         checkpoint.copy_files((*SIDE_FILES, *LICENSES), path)
@@ -117,7 +126,7 @@ class HfExporter:
             format=self.dialect.facts.name,
             digests=digests,
             requires=self._requires(label),
-            facts={"dtype": self.options.dtype, PRODUCTS: _products(plan.tensors, self.options.dtype)},
+            facts={"dtype": dtype, PRODUCTS: _products(plan.tensors, dtype)},
         )
 
     def verify(self, path: Path, progress: Progress) -> Sequence[Check]:
@@ -157,7 +166,7 @@ class HfExporter:
         label = _label_of(model, tensors)
         content = self._content(model, tensors)
         together = [] if refusals or unfit else self._refuse_all(content)
-        size = types.FLOATS[self.options.dtype].dtype.itemsize
+        size = types.FLOATS[self._dtype(tensors)].dtype.itemsize
         asked = compatibility.Asked.of(self.dialect.facts.name, content, label)
         return TargetPlan(
             layout=label.model_type,
@@ -185,20 +194,27 @@ class HfExporter:
             "zero": ("auto", "integer", "none"),
             "dtype": tuple(types.FLOATS),
         }
+        given = {name: getattr(o, name) for name in allowed}
+        if o.dtype is None:
+            del given["dtype"]
         found = [
             Refusal(
                 f"option {name.replace('_', '-')}",
-                f"{getattr(o, name)!r} is not a choice",
-                f"use one of {', '.join(values)}",
+                f"{value!r} is not a choice",
+                f"use one of {', '.join(allowed[name])}",
             )
-            for name, values in allowed.items()
-            if getattr(o, name) not in values
+            for name, value in given.items()
+            if value not in allowed[name]
         ]
         try:
             parse_size(o.max_shard_size, "option max-shard-size")
         except InputError as error:
             found.append(Refusal(error.where, error.what, error.todo))
         return found + RULES.refusals(o.tensor_type, model)
+
+    def _dtype(self, tensors: Sequence[TensorPlan]) -> str:
+        """What config.json says that the runtime computes in."""
+        return self.options.dtype or types.dtype_of(tensors)
 
     def _has_place(self, model: ModelDesc) -> bool:
         """Whether the dialect's runtime has a class for this architecture with biases of gate and up."""
@@ -245,7 +261,7 @@ class HfExporter:
             return Refusal(
                 str(tensor), "embedding and head stay float in these folders", "leave the rule out"
             )
-        grid = types.grid(name, self.options.group_size, shape[1], zero, self.options.dtype)
+        grid = types.grid(name, self.options.group_size, shape[1], zero, self.options.dtype or types.DTYPE)
         return self._coded(model, tensor, shape, grid)
 
     def _coded(
@@ -268,33 +284,39 @@ class HfExporter:
         storage: FloatType | None = None,
         note: str = "",
     ) -> TensorPlan:
-        storage = storage or types.FLOATS[self.options.dtype]
+        storage = storage or types.FLOATS[self.options.dtype or types.DTYPE]
         n_bytes = storage.dtype.itemsize * math.prod(shape)
         return TensorPlan(tensor, stored_name(model, tensor), shape, storage, n_bytes, note)
 
     def _adopted(
         self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType | None
     ) -> TensorPlan | Refusal:
-        """A tensor on the grid that holds `given`'s values; embedding and head as floats, and what is given in none."""
-        if len(shape) == 1 or given is None or isinstance(given, FloatType):
+        """A tensor on the grid that holds `given`'s values; embedding and head as floats, and what is given in none.
+
+        Floats beside another format's package have the type that runtimes compute in, whatever theirs is there: MLX
+        would go on in f32 behind an f32 norm. Of a checkpoint that is imported they keep its type, unless an option
+        names one.
+        """
+        if isinstance(given, FloatType):
             return self._float(model, tensor, shape)
+        if given is None:
+            own = None if self.options.dtype else FloatType.of(model.tensors[tensor].dtype)
+            return self._float(model, tensor, shape, own)
+        note = f"holds {given.id}"
         if tensor.role not in LINEARS:
             # Floats that hold every decoded value.
-            return self._float(model, tensor, shape, FloatType.F32, f"holds {given.id}")
-        narrow = as_affine(given)
-        if narrow is not None and narrow.zero != "float" and narrow.scale == "f16":
-            wide = AffineGrid(
-                narrow.bits,
-                narrow.group,
-                narrow.zero,
-                "f16",
-                is_per_channel=narrow.is_per_channel,
-                significand=narrow.significand,
-            )
-            if holds(wide, given):
-                return self._coded(model, tensor, shape, wide, f"holds {given.id}")
-        why = f"no layout of {self.dialect.facts.name} holds the values of {given.id} exactly"
-        return Refusal(str(tensor), why, "use a type with f16 steps, such as q4_0")
+            return self._float(model, tensor, shape, FloatType.F32, note)
+        refused, facts = None, self.dialect.facts
+        if facts.has_offsets and types.overflows(given):
+            why = f"{facts.name} stores -zero · step, which f16 does not hold for these steps"
+            return Refusal(str(tensor), why, "quantize it again")
+        for grid in types.holding(given):
+            planned = self._coded(model, tensor, shape, grid, note)
+            if isinstance(planned, TensorPlan):
+                return planned
+            refused = refused or planned
+        why = f"no layout of {facts.name} holds the values of {given.id} exactly"
+        return refused or Refusal(str(tensor), why, "use a type with f16 or bf16 steps, such as q4_0")
 
     def _content(self, model: ModelDesc, tensors: Sequence[TensorPlan]) -> Content:
         linears = {

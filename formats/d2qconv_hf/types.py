@@ -9,13 +9,16 @@ both hold, and a runtime that multiplies in f16 rounds once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 
-from d2qconv.exporters.base import FloatType
+from d2qconv.errors import Refusal
+from d2qconv.exporters.base import FloatType, TensorPlan
 from d2qconv.grids.affine import AffineGrid
+from d2qconv.grids.base import Grid
+from d2qconv.grids.exact import FoundGrid, as_affine, holds
 
 #: Bits of a code by the name of the type.
 BITS: Mapping[str, int] = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
@@ -35,6 +38,8 @@ SAFETENSORS: Mapping[torch.dtype, str] = {
     torch.int64: "I64",
     torch.uint32: "U32",
 }
+#: What a package computes in if no option says it.
+DTYPE = "float16"
 _HELD_BY_BOTH = 8
 _F16_BITS = 11
 
@@ -57,3 +62,67 @@ def grid(name: str, group_size: str, n_in: int, zero: Kind, dtype: str) -> Affin
         is_per_channel=is_row,
         significand=significand(bits, zero) if scale == "f16" else 0,
     )
+
+
+def holding(given: Grid) -> Iterator[AffineGrid]:
+    """Grids of these folders that hold every value of `given`: its own groups first, then smaller ones that fit."""
+    narrow = as_affine(given)
+    if narrow is None or narrow.zero == "float" or narrow.scale == "f32":
+        return
+    smaller = [group for group in sorted(map(int, GROUPS), reverse=True) if group < narrow.group]
+    for group in (narrow.group, *smaller):
+        wide = AffineGrid(
+            narrow.bits,
+            group,
+            narrow.zero,
+            narrow.scale,
+            is_per_channel=narrow.is_per_channel and group == narrow.group,
+            significand=narrow.significand,
+        )
+        if holds(wide, given):
+            yield wide
+
+
+def overflows(given: Grid) -> bool:
+    """Whether -zero · step is known not to be an f16 everywhere, where steps are f16."""
+    return isinstance(given, FoundGrid) and given.scale == "f16" and not given.has_f16_offsets
+
+
+def dtype_of(tensors: Sequence[TensorPlan]) -> str:
+    """What a runtime may compute in so that it keeps every step, and floats as well as that allows."""
+    floats = {t.storage for t in tensors if isinstance(t.storage, FloatType)}
+    is_bf16 = FloatType.BF16 in floats and FloatType.F16 not in floats
+    only = {kind for kind in (_only_in(t.storage) for t in tensors) if kind}
+    return "bfloat16" if "bfloat16" in only or (is_bf16 and not only) else DTYPE
+
+
+def step_refusals(dtype: str, tensors: Sequence[TensorPlan]) -> list[Refusal]:
+    """Matrices whose steps a runtime that computes in this type would round."""
+    lost = [t.id for t in tensors if _only_in(t.storage) not in ("", dtype)]
+    if not lost:
+        return []
+    more = f" and of {len(lost) - 1} more" if len(lost) > 1 else ""
+    why = f"runtimes turn scales into {dtype}, which does not hold those of {lost[0]}{more}"
+    return [Refusal("option dtype", why, "leave it out, or quantize again with --requantize")]
+
+
+def cast_warnings(dtype: str, tensors: Sequence[TensorPlan]) -> list[str]:
+    """Floats that are in the file as they were, and that a runtime rounds when it loads them."""
+    held = (FLOATS[dtype], None)
+    wider = [t for t in tensors if (t.storage if isinstance(t.storage, FloatType) else None) not in held]
+    if not wider:
+        return []
+    kinds = " and ".join(sorted({t.type_name for t in wider}))
+    return [
+        f"{len(wider)} tensors of floats are stored in {kinds}; where a runtime computes in {dtype}, as config.json "
+        "says, it rounds them when it loads: ask it for float32 to have every value"
+    ]
+
+
+def _only_in(storage: Grid | FloatType) -> str:
+    """The type that alone holds a grid's steps; empty if both do, or if there are none."""
+    if not isinstance(storage, AffineGrid):
+        return ""
+    if storage.scale == "bf16":
+        return "bfloat16"
+    return "" if 0 < storage.significand <= _HELD_BY_BOTH else "float16"

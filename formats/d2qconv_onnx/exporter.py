@@ -16,6 +16,7 @@ from d2qconv.arch.spec import ModelDesc
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.decoder.rope import cos_sin
 from d2qconv.errors import ExportError, Refusal
+from d2qconv.exporters.adopted import idle_ends, idle_options, idle_rules
 from d2qconv.exporters.base import (
     Carrier,
     Check,
@@ -105,7 +106,11 @@ class OnnxExporter:
             given = storages.get(tensor)
             return self._nearest(tensor, shape) if given is None else _adopted(tensor, shape, given)
 
-        return self._target(model, carrier, shapes, choose, self._option_refusals(model))
+        # Floats are split into blocks as they come, so no block size is asked for either.
+        idle = idle_options(self.options, ("type", "block_size"))
+        idle += idle_ends(self.options, {"embedding": Role.EMBED, "head": Role.HEAD}, storages)
+        idle += idle_rules(RULES, self.options.tensor_type, storages)
+        return self._target(model, carrier, shapes, choose, [*self._option_refusals(model), *idle])
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:
         """Whether ONNX Runtime GenAI finds a tokenizer, and takes its special tokens; see `Exporter`."""
@@ -181,12 +186,15 @@ class OnnxExporter:
     def _overrides(self) -> tuple[Any, ...]:
         return RULES.overrides(self.options.tensor_type)
 
-    def _grid(self, tensor: TensorId) -> AffineGrid:
-        """The grid of a matrix, as the options have it."""
+    def _kind(self, tensor: TensorId) -> str:
+        """The type of a matrix, as the options have it."""
         rule = last_that_holds(self._overrides, tensor)
         ends = {Role.EMBED: self.options.embedding, Role.HEAD: self.options.head}
-        name = rule.type if rule is not None else ends.get(tensor.role, self.options.type)
-        return types.grid(name, int(self.options.block_size))
+        return rule.type if rule is not None else ends.get(tensor.role, self.options.type)
+
+    def _grid(self, tensor: TensorId) -> AffineGrid:
+        """The grid of a matrix, as the options have it."""
+        return types.grid(self._kind(tensor), int(self.options.block_size))
 
     def _tensor(self, tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
         name = stored_name(tensor)
@@ -204,13 +212,15 @@ class OnnxExporter:
         name = stored_name(tensor)
         if len(shape) == 1:
             return TensorPlan(tensor, name, shape, FloatType.F32, 4 * shape[0])
+        kind, blocks = "int8", [*map(int, types.BLOCKS)]
         if tensor.block is None or last_that_holds(self._overrides, tensor) is not None:
-            return self._tensor(tensor, shape)
-        for block in map(int, types.BLOCKS):
-            grid = types.grid("int8", block)
+            kind, blocks = self._kind(tensor), [int(self.options.block_size), *blocks]
+        for block in blocks:
+            grid = types.grid(kind, block)
             if grid.accepts(shape) is None:
                 return TensorPlan(tensor, name, shape, grid, types.n_bytes(grid, shape))
-        return self._tensor(tensor, shape)
+        why = f"is of floats, which ONNX Runtime stores in blocks, and {shape[1]} columns are none"
+        return Refusal(str(tensor), why, "export it to another format")
 
     def _warnings(self, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
         grids = [t.storage for t in tensors if isinstance(t.storage, AffineGrid)]

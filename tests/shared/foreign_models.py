@@ -137,6 +137,7 @@ CONFIGS = {
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
             "num_bits": s.bits, "type": "int", "symmetric": s.symmetric,
             "strategy": "group" if s.group > 0 else "channel", "group_size": s.group if s.group > 0 else None,
+            "actorder": "group" if s.order else None,
         }}}, "ignore": ["lm_head"],
     },
 }  # fmt: skip

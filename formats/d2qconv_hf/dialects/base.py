@@ -78,7 +78,7 @@ class Facts:
     name: of the exporter. runtime: the Python package that loads a folder, and `version` the first one that does.
     biases: model_types whose loader is known to honour biases of gate and up, as the package's config has them. bound:
     largest accepted difference of a logit, over the largest one, of a model that is loaded as f32. mixes_zeros: linears
-    of several types may have zero points.
+    of several types may have zero points. has_offsets: -zero · step is stored, in the step's type.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Facts:
     bound: float
     biases: frozenset[str] = field(default_factory=frozenset)
     mixes_zeros: bool = True
+    has_offsets: bool = False
 
 
 class Dialect(Protocol):

@@ -33,17 +33,23 @@ from d2qconv_hf.dialects.base import (
     zeros_of,
 )
 
+#: Columns of a group (mlx, `quantized_matmul`).
+_GROUPS = (32, 64, 128)
+
 
 class Mlx:
     """The dialect; see the module."""
 
-    facts = Facts("mlx", "mlx-lm", "0.30", 1e-4, frozenset({"llama"}))
+    facts = Facts("mlx", "mlx-lm", "0.30", 1e-4, frozenset({"llama"}), has_offsets=True)
 
     def refuse(self, grid: AffineGrid, shape: Sequence[int]) -> Refusal | None:
         """Rows must fill whole words; a group cannot be a row; -zero · scale must be exact."""
         n_out, n_in = shape
         if grid.is_per_channel:
             return Refusal("option group-size", "MLX has no scale for a whole row", "use 32, 64 or 128")
+        if grid.group not in _GROUPS:
+            why = f"MLX has no groups of {grid.group} columns"
+            return Refusal("option group-size", why, f"use one of {', '.join(map(str, _GROUPS))}")
         if grid.zero == "integer" and (grid.scale == "bf16" or not grid.significand or grid.bits == 8):
             why = f"MLX stores -zero · scale, which {grid.scale} does not hold exactly for {grid.bits} bits"
             return Refusal("option zero", why, "add --zero none, or keep --dtype float16 and fewer bits")

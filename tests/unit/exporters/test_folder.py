@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from d2qconv.errors import ExportError, InputError, VerifyError
+from d2qconv.errors import ExportError, InputError, PluginError, VerifyError
 from d2qconv.exporters.discover import Found, for_file
 from d2qconv.exporters.folder import atomic_folder, check_folder
 from d2qconv.exporters.manifest import (
@@ -423,5 +423,5 @@ def test_a_folder_belongs_to_the_exporter_that_its_manifest_names(tmp_path):
     make(tmp_path / "p", "x")
     with pytest.raises(InputError, match="without"):
         for_file(tmp_path, [])
-    with pytest.raises(Exception, match="'toy'"):
+    with pytest.raises(PluginError, match="no exporter is called 'toy'"):
         for_file(tmp_path / "p", [Found("other", "", None)])

@@ -24,7 +24,7 @@ from d2qconv_gguf.exporter import GgufExporter
 from d2qconv_gguf.reader import read_model
 
 pytest.importorskip("cyllama")
-from d2qconv_gguf.runtime import LlamaCpp
+from d2qconv_gguf.runtime import LlamaCpp, _draw
 
 TOKENS = np.random.default_rng(0).integers(2, DIMS.vocab, 96).tolist()
 F32 = GgufOptions(type="f32", embedding="f32", head="f32")
@@ -209,7 +209,7 @@ def test_a_trained_model_writes_text_and_the_runtime_is_quiet(tmp_path):
     source = open_checkpoint(str(LLAMA_5M))
     package, _, _ = write(tmp_path / "x.gguf", bind(source), PLAIN, Carrier.NONE, checkpoint=source)
     code = (
-        "import sys; from pathlib import Path; from d2qconv_gguf.runtime import LlamaCpp\n"
+        "import sys; from pathlib import Path; from d2qconv_gguf.runtime import LlamaCpp, _draw\n"
         "with LlamaCpp(Path(sys.argv[1])) as m:\n"
         "    text = 'The old man'\n"
         "    assert m.detokenize(m.tokenize(text)) == text\n"
@@ -234,3 +234,9 @@ def test_distance_of_what_is_not_finite_is_infinite():
     assert verify.distance(wanted, np.log(np.array([[0.9, 0.1]]))).mean_kl == pytest.approx(
         0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
     )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_token_is_drawn_of_logits_that_are_not_finite(value):
+    with pytest.raises(VerifyError, match="logits that are not finite"):
+        _draw(np.array([0.0, value]), np.random.default_rng(0))

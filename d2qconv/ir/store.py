@@ -18,6 +18,7 @@ stay where they are. Changes count, all of them, as soon as their part does.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -56,7 +57,7 @@ from d2qconv.ir.workdir import (
 )
 from d2qconv.names import TensorId
 
-VERSION = 2
+VERSION = 3
 
 Notes = TypeVar("Notes")
 
@@ -82,12 +83,18 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 class _Manifest(msgspec.Struct, frozen=True):
-    """manifest.json. parts: in the order in which they were written. begun: see `Store`."""
+    """manifest.json. parts: in the order in which they were written. begun: see `Store`. sha256: of all the rest."""
 
     version: int
     fingerprint: str
     parts: dict[str, _Part]
     begun: str = ""
+    sha256: str = ""
+
+    def sealed(self) -> _Manifest:
+        """With its digest."""
+        rest = msgspec.json.encode(replace(self, sha256=""))
+        return replace(self, sha256=hashlib.sha256(rest).hexdigest())
 
 
 class Store:
@@ -298,20 +305,30 @@ class Store:
         if header is None:
             self._write_manifest(fresh)
             return fresh
-        if header.version != VERSION or header.fingerprint != fresh.fingerprint:
+        manifest = self._sealed() if header.version == VERSION else None
+        if manifest is None or manifest.fingerprint != fresh.fingerprint:
             self.n_discarded = sum(self._file(name).exists() for name in header.parts)
             self._remove_parts(header.parts)
             self._write_manifest(fresh)
             return fresh
-        path = self._folder / MANIFEST
         try:
-            manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
             for part in manifest.parts.values():
                 self._check_tensors(part)
             return self._drop_damaged(manifest)
+        except ValueError as error:
+            raise damaged(self._folder / MANIFEST, str(error)) from error
+
+    def _sealed(self) -> _Manifest:
+        """The manifest that is there, to the last byte as it was written; raises RunError if it is not, OSError."""
+        path = self._folder / MANIFEST
+        try:
+            manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
         # Text is looked at only where it is read: a header that parsed may hold names that do not.
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise damaged(path, str(error)) from error
+        if manifest != manifest.sealed():
+            raise damaged(path, "it is not as it was written")
+        return manifest
 
     def _check_tensors(self, part: _Part) -> None:
         """Raise ValueError for names that are no tensors', and grids that the run has not."""
@@ -345,7 +362,7 @@ class Store:
             self._file(part).unlink(missing_ok=True)
 
     def _write_manifest(self, manifest: _Manifest) -> None:
-        write_atomic(self._folder / MANIFEST, msgspec.json.encode(manifest))
+        write_atomic(self._folder / MANIFEST, msgspec.json.encode(manifest.sealed()))
 
 
 class _StoredTensors(Mapping[TensorId, Stored]):

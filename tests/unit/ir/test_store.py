@@ -184,8 +184,19 @@ def test_text_that_is_no_utf_8_in_the_manifest_is_said(tmp_path):
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize(("good", "bad"), [(b'"blk.', b'"block.'), (b'"q2_k"', b'"p2_k"')])
-def test_a_tensor_or_grid_of_the_manifest_that_is_none_is_said(tmp_path, good, bad):
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (b'"blk.', b'"block.'),
+        (b'"q2_k"', b'"p2_k"'),
+        # A grid of as many bits, a shape of as many weights, another job's fingerprint, other notes.
+        (b'"q2_k"', b'"q2_0"'),
+        (b"[8,512]", b"[4,1024]"),
+        (b'"fingerprint":"a"', b'"fingerprint":"b"'),
+        (b'"loss":0.25', b'"loss":0.26'),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_was_written_is_said(tmp_path, good, bad):
     filled(tmp_path)
     manifest = tmp_path / "manifest.json"
     assert good in manifest.read_bytes()

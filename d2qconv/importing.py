@@ -34,10 +34,13 @@ from d2qconv.ir.recoded import recoded
 from d2qconv.job import Destination, Job, check_places
 from d2qconv.names import TensorId
 from d2qconv.outcome import AlsoWritten
-from d2qconv.packaging import check_place, grids_of, plan_also, written_package
+from d2qconv.packaging import check_all_places, grids_of, plan_also, written_package
 from d2qconv.progress import Watch
 from d2qconv.quant.sweep import round_to_nearest
 from d2qconv.run import CalibrationSpec, Recipe
+
+#: Rows of a matrix whose error is computed at a time.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,11 @@ def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
     started = time.monotonic()
     job, checkpoint = planned.job, planned.foreign.checkpoint
     places = (planned.main, *planned.also)
-    for to in places:
-        check_place(to, job.overwrite, to.target.n_bytes)
+    check_all_places([(to, to.target.n_bytes) for to in places], job.overwrite)
     watch.stage("read", len(planned.desc.tensors))
     content = content_digest(checkpoint.config, planned.desc.tensors, watch.step)
     about = _provenance(planned, content)
+    rounded = [*_errors(planned)]
     done: list[tuple[Package, Sequence[Check]]] = []
     # Left in the opposite order: the package that the job names takes its name when all else is there.
     with ExitStack() as packages:
@@ -191,7 +194,7 @@ def convert_import(planned: PlannedImport, watch: Watch) -> Imported:
         bits_per_weight=planned.bits_per_weight,
         dialect=planned.foreign.dialect,
         n_exact=len(planned.linears),
-        rounded=[*_errors(planned)],
+        rounded=rounded,
         checks=checks,
         loads_in=planned.target.loads_in,
         fingerprint=content,
@@ -243,10 +246,16 @@ def _errors(planned: PlannedImport) -> Iterator[Rounded]:
 
 def _cost(dense: Dense, storage: Grid | FloatType) -> float:
     """‖W − Ŵ‖² / ‖W‖² of rounding to nearest."""
-    w = dense.load().to(torch.float32)
-    rounded = w.to(storage.dtype).float() if isinstance(storage, FloatType) else _nearest(w, storage).decode()
-    difference = rounded - w
-    return float(difference.double().square().sum() / w.double().square().sum().clamp_min(1e-30))
+    lost = whole = 0.0
+    stored = dense.load()
+    for at in range(0, len(stored), _ROWS):
+        w = stored[at : at + _ROWS].to(torch.float32)
+        rounded = (
+            w.to(storage.dtype).float() if isinstance(storage, FloatType) else _nearest(w, storage).decode()
+        )
+        lost += float((rounded - w).double().square().sum())
+        whole += float(w.double().square().sum())
+    return lost / max(whole, 1e-30)
 
 
 def _refusals(
@@ -301,7 +310,8 @@ def _provenance(planned: PlannedImport, content: str) -> Provenance:
         calibration="none",
         carriers={"mean_shift": "none", "column_scale": "none"},
         source_revision=checkpoint.revision,
-        source_sha256=content,
+        # Of another tool's checkpoint nobody says which floats it was made from.
+        source_sha256=said.get("source_sha256", ""),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from d2qconv.allocate.allocation import Allocation
 from d2qconv.arch.spec import ModelDesc
+from d2qconv.checkpoint.folder import is_text
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import InputError
 from d2qconv.exporters.base import Candidates, Carrier, Exporter, ExporterInfo, TargetPlan
@@ -86,8 +87,8 @@ def check_places(job: Job) -> None:
     for option, path in places:
         if path.name in ("", ".."):
             raise InputError("gives what is written no name", where=option, todo="end it with a name")
-        if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
-            # As Python has bytes of a name that are no text; manifests and reports say names.
+        if not is_text(str(path)):
+            # Manifests and reports say names.
             shown = ascii(str(path))
             raise InputError("is a name that is not UTF-8", where=shown, todo="name it by letters")
     if job.is_reported:

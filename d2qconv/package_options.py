@@ -53,7 +53,7 @@ class Measure:
             (("limit", "shots", "task_folder"), self.tasks is not None, "without --tasks", "add --tasks"),
             (("chunks", "baseline"), is_measured, "for tasks alone", "add --text or --source"),
             (("device", "revision"), self.source is not None, "without --source", "add --source"),
-            (("seed",), self.text is None, "with --text, of which nothing is drawn", "leave it out"),
+            (("seed",), self.text is None and is_measured, "where nothing is sampled", "leave it out"),
         )
         for names, is_used, when, todo in groups:
             for name in () if is_used else names:

@@ -13,7 +13,7 @@ from d2qconv.errors import Refusal, VerifyError, refuse
 from d2qconv.exporters.base import Adopting, Carrier, Check, FloatType, Package, Progress, TargetPlan
 from d2qconv.exporters.file_set import atomic_set, check_set
 from d2qconv.exporters.folder import atomic_folder, check_folder
-from d2qconv.exporters.package import atomic_output, check_output
+from d2qconv.exporters.package import atomic_output, check_output, sync_files
 from d2qconv.grids.base import Grid
 from d2qconv.ir.model import QuantizedModel
 from d2qconv.job import Also, Destination
@@ -50,6 +50,17 @@ def check_place(to: Destination, overwrite: bool, n_bytes: int) -> None:
         check_output(to.output, overwrite, n_bytes)
 
 
+def check_all_places(places: Sequence[tuple[Destination, int]], overwrite: bool) -> None:
+    """Look at the places of all packages of a run, whose bytes lie on the disk at the same time; raises InputError."""
+    taken: dict[int, int] = {}
+    for to, n_bytes in places:
+        # A folder that is not there is refused below.
+        there = next(p for p in to.output.resolve().parents if p.exists())
+        disk = there.stat().st_dev
+        taken[disk] = taken.get(disk, 0) + n_bytes
+        check_place(to, overwrite, taken[disk])
+
+
 @contextmanager
 def written_package(
     to: Destination, model: QuantizedModel, checkpoint: Checkpoint, overwrite: bool, watch: Watch
@@ -65,6 +76,9 @@ def written_package(
         watch.stage("verify", n_tensors)
         checks = to.exporter.verify(package.path, _steps(watch))
         _require_passed(checks)
+        # Before any package of this run takes its name: a disk that is full says so here.
+        folder = path if to.info.is_folder else path.parent if to.target.is_split else None
+        sync_files([path] if folder is None else folder.iterdir())
         name = package.path.name if to.target.is_split else to.output.name
         yield replace(package, path=to.output.with_name(name)), checks
 

@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import msgspec
@@ -48,7 +48,7 @@ from d2qconv.ir.store import Store
 from d2qconv.ir.workdir import read_begun
 from d2qconv.job import Job, Planned, check_places
 from d2qconv.outcome import AlsoWritten, Outcome, outcome_of, provenance
-from d2qconv.packaging import check_place, grids_of, plan_also, written_package
+from d2qconv.packaging import check_all_places, grids_of, plan_also, written_package
 from d2qconv.progress import Stages, Unwatched, Watch
 from d2qconv.report.collect import RunFacts
 from d2qconv.report.write import write_report
@@ -95,7 +95,7 @@ def plan(job: Job, opened: Checkpoint | None = None) -> Planned:
     seen = replace(job.calibration, sequences=n_all)
     n_held = n_held_out(job.calibration)
     footprint = predict(desc, seen, n_held, job.recipe, budget, device, is_attributed=job.is_reported)
-    last_pass = _last_pass(job, checkpoint, desc, target, footprint, device)
+    last_pass, no_room = _last_pass(job, checkpoint, desc, target, footprint, device)
     if last_pass.steps:
         footprint = predict(
             desc, seen, n_held, job.recipe, budget, device, last_pass, is_attributed=job.is_reported
@@ -111,7 +111,8 @@ def plan(job: Job, opened: Checkpoint | None = None) -> Planned:
     candidates = None
     if isinstance(exporter, Allocating):
         candidates = exporter.candidates(desc, checkpoint, _carrier(job))
-    refuse([] if candidates is None else refusals(candidates, job.recipe))
+    # Of other types than the smallest a last pass takes other memory.
+    refuse(no_room if candidates is None else refusals(candidates, job.recipe))
     if job.also and candidates is not None:
         why = "the types follow from a measurement, so what is to be held is not known yet"
         refuse([Refusal("option also", why, "name the types, or leave it out")])
@@ -129,18 +130,24 @@ def _last_pass(
     target: TargetPlan,
     footprint: Footprint,
     device: torch.device,
-) -> LastPass:
-    """That of an interrupted run of this job, or what there is room for; raises PlanError if the first has none now."""
+) -> tuple[LastPass, list[Refusal]]:
+    """That of an interrupted run of this job, or what there is room for; why there is none for the first now."""
     free = footprint.free_for_last_pass
-    asked, _, begun = read_begun(job.work_folder).partition(" ")
-    begun = begun if asked == _asked(job, checkpoint, desc, target, device) else ""
-    chosen = choose_last_pass(job.recipe, desc, target, job.calibration, free, device, begun)
-    if begun and chosen.n_bytes > free:
+    begun = ""
+    # What is wrong with the work directory is said once it is opened.
+    with suppress(RunError):
+        begun = read_begun(job.work_folder)
+    asked, scope, own = (*begun.split(), "", "", "")[:3]
+    if asked != _asked(job, checkpoint, desc, target, device) or not own.isdecimal():
+        return choose_last_pass(job.recipe, desc, target, job.calibration, free, device), []
+    chosen = choose_last_pass(job.recipe, desc, target, job.calibration, free, device, scope)
+    refusals = []
+    if scope == "model" and job.recipe.refine_scope == "auto" and chosen.n_bytes > free:
         why = f"the run in {job.work_folder} began with one over the whole model, which takes about "
         why += f"{gibibytes(chosen.n_bytes)} where {gibibytes(free)} are left now"
         todo = "free some memory, or begin again with --refine-scope block"
-        refuse([Refusal("last pass", why, todo)])
-    return chosen
+        refusals.append(Refusal("last pass", why, todo))
+    return replace(chosen, own=int(own)), refusals
 
 
 def _asked(
@@ -212,8 +219,8 @@ def _allocated(planned: Planned, tokens: CalibrationTokens, team: Team, watch: W
     target = replace(
         target, warnings=(*target.warnings, *planned.exporter.check_source(planned.checkpoint).warnings)
     )
-    refuse(target.refusals)
-    last_pass = _last_pass(job, planned.checkpoint, desc, target, footprint, device)
+    last_pass, no_room = _last_pass(job, planned.checkpoint, desc, target, footprint, device)
+    refuse([*target.refusals, *no_room])
     # The sequences of the last pass are drawn already, and what was drawn is part of the fingerprint.
     last_pass = replace(last_pass, own=planned.last_pass.own)
     if team.size > 1:
@@ -274,11 +281,10 @@ def convert(planned: Planned, watch: Watch) -> Outcome | None:
 def _prepare(planned: Planned, watch: Watch) -> str:
     """Look at output, work directory and every weight before any work; returns the digest of the weights."""
     job = planned.job
-    check_place(planned.main, job.overwrite, planned.most_bytes)
+    sizes = [(planned.main, planned.most_bytes), *((also, also.target.n_bytes) for also in planned.also)]
+    check_all_places(sizes, job.overwrite)
     if job.is_reported:
         check_report(job.output, job.overwrite)
-    for also in planned.also:
-        check_place(also, job.overwrite, also.target.n_bytes)
     _check_work_dir(planned)
     return planned.content or read_weights(_source(planned), watch)
 
@@ -394,7 +400,7 @@ def _open_store(planned: Planned, spec: RunSpec, team: Team, stack: ExitStack, w
 
     def open_it() -> None:
         asked = _asked(planned.job, planned.checkpoint, planned.desc, planned.target, planned.device)
-        begun = f"{asked} {planned.last_pass.scope}"
+        begun = f"{asked} {planned.last_pass.scope} {planned.last_pass.own}"
         folder = planned.job.work_folder
         store = stack.enter_context(Store(folder, spec.fingerprint(), _grids(planned), begun))
         opened.append(store)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from d2qconv.arch.spec import ModelDesc
 from d2qconv.calibrate.sample import sample_sequences
+from d2qconv.checkpoint.folder import is_text
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.checkpoint.special import added_tokens, ends, special_ids
 from d2qconv.errors import InputError, PluginError
@@ -123,6 +124,8 @@ def check_spec(spec: CalibrationSpec, model: ModelDesc) -> None:
             where="--length",
             todo=f"use --length {model.max_positions} or less",
         )
+    if not is_text(spec.source):
+        raise InputError("is a name that is not UTF-8", where=f"--calibration {spec.source!a}")
     is_file = Path(spec.source).exists()
     if spec.source != "self" and not is_file and not is_hub_name(spec.source):
         raise InputError(

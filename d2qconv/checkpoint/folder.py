@@ -48,6 +48,11 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8. Python has other bytes of it as halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def is_regular(path: Path) -> bool:
     """Whether a file lies there itself: no link, which may lead anywhere, and no pipe, which may never end.
 

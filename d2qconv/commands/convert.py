@@ -196,6 +196,9 @@ def run_job(job: Job, console: Console, *, prompt: str = "") -> None:
     if rank:
         # Under torchrun the first process speaks for all.
         console.ask(is_json=False, is_quiet=True)
+    if job.is_reported and not Path(job.model).exists():
+        # Not after a download.
+        check_report(job.output, job.overwrite)
     source = importing.open_source(job)
     if isinstance(source, Foreign):
         _import(importing.plan_import(job, source), console, is_leader=rank == 0)

@@ -7,7 +7,7 @@ ignored without a word. Those at their defaults say nothing, and pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from d2qconv.errors import Refusal
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def idle_options(options: DataclassInstance, names: Iterable[str]) -> list[Refusal]:
     """A refusal for each of these fields of an exporter's options that is not at its default."""
-    defaults = {field.name: field.default for field in fields(options)}
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(options)
+    }
     return [
         _idle(f"option {name.replace('_', '-')}")
         for name in names

@@ -28,7 +28,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2qconv.errors import ExportError, InputError
-from d2qconv.exporters.package import check_output, partial_name, remove_stale, sync_folder, unwritable
+from d2qconv.exporters.package import (
+    check_output,
+    partial_name,
+    remove_stale,
+    sync_files,
+    sync_folder,
+    unwritable,
+)
 
 
 def member(path: Path, number: int, n_files: int) -> Path:
@@ -127,9 +134,7 @@ def _publish(folder: Path, final: Path, overwrite: bool) -> None:
         raise ExportError("the exporter wrote no file", where=str(final))
     if names != _whole_set(final, names[0]):
         raise ExportError(f"the exporter wrote no whole set: {', '.join(names)}", where=str(final))
-    for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
+    sync_files(folder / name for name in names)
     sync_folder(folder)
     if members(final) and not overwrite:
         raise ExportError(

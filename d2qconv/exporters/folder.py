@@ -20,7 +20,6 @@ Only folders that hold a manifest of ours, and empty ones, are ever replaced.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,14 @@ from pathlib import Path
 
 from d2qconv.errors import ExportError, InputError
 from d2qconv.exporters.manifest import MANIFEST
-from d2qconv.exporters.package import free_beside, partial_name, remove_stale, sync_folder, unwritable
+from d2qconv.exporters.package import (
+    free_beside,
+    partial_name,
+    remove_stale,
+    sync_files,
+    sync_folder,
+    unwritable,
+)
 
 
 def check_folder(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
@@ -115,9 +121,7 @@ def _is_empty(folder: Path) -> bool:
 def _publish(partial: Path, final: Path, overwrite: bool) -> None:
     if not (partial / MANIFEST).is_file():
         raise ExportError("the exporter wrote no manifest", where=str(final))
-    for file in partial.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    sync_files(partial.iterdir())
     sync_folder(partial)
     if final.is_dir() and any(final.iterdir()):
         if not (overwrite and (final / MANIFEST).is_file()):

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,8 +115,7 @@ def unwritable(path: Path, error: OSError) -> ExportError:
 def _publish(partial: Path, final: Path, overwrite: bool) -> None:
     if not partial.is_file():
         raise ExportError("the exporter wrote no file", where=str(final))
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_files([partial])
     if overwrite:
         partial.replace(final)
     else:
@@ -133,6 +132,13 @@ def _publish(partial: Path, final: Path, overwrite: bool) -> None:
             # No hard links on this file system (FAT, some network mounts).
             partial.replace(final)
     sync_folder(final.parent)
+
+
+def sync_files(files: Iterable[Path]) -> None:
+    """Make what was written durable; raises OSError, also where the disk turns out to be full only now."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -108,7 +108,8 @@ def _scheme(weights: Mapping[str, Any]) -> _Scheme | str:
         size = -1
     elif type(size) is not int or size < 1:
         return f"has the strategy group and a group_size of {size!r:.20}"
-    has_index = weights.get("actorder") in ("group", True)
+    # compressed_tensors' ActivationOrdering: `dynamic` is another name of `group`, `static` of `weight`.
+    has_index = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
     return _Scheme(bits, weights.get("symmetric", True) is True, size, has_index)
 
 
@@ -124,14 +125,15 @@ def _linear(checkpoint: Checkpoint, module: str, schemes: Sequence[_Scheme]) -> 
     zeros = arrays.optional("weight_zero_point")
     n_groups = scales.shape[1]
     index = arrays.index("weight_g_idx", n_in, n_groups)
-    scheme, is_dense = _fitting(arrays, schemes, n_in, n_groups, packed.shape[1], has_zeros=zeros is not None)
-    bits = scheme.bits
-    unpack = unpack_dense if is_dense else unpack_whole
-    if scheme.has_index != (index is not None):
+    ordered = [s for s in schemes if s.has_index == (index is not None)]
+    if not ordered:
         raise arrays.error(
-            f"config.json says that actorder is {'' if scheme.has_index else 'not '}group, and there is "
+            f"config.json says that actorder is {'' if index is None else 'not '}group, and there is "
             f"{'no' if index is None else 'a'} weight_g_idx"
         )
+    scheme, is_dense = _fitting(arrays, ordered, n_in, n_groups, packed.shape[1], has_zeros=zeros is not None)
+    bits = scheme.bits
+    unpack = unpack_dense if is_dense else unpack_whole
     if index is None:
         arrays.whole_groups(n_in, n_groups, "weight_g_idx")
     words = dense_words(n_out, bits) if is_dense else whole_words(n_out, bits)

@@ -2,7 +2,8 @@
 
 ::
 
-    work/manifest.json        version, fingerprint, SHA-256 of every part in the order of writing
+    work/manifest.json        version, fingerprint, what the run began with, SHA-256 of every part in the order of
+                              writing, and one of all that
     work/<part>.safetensors   codes as bits (see `packing`), params and float tensors as they are
     work/measured.json        sensitivities, see `workdir.write_measured`
     work/tokens.safetensors   sampled calibration tokens, see `workdir.write_tokens`

@@ -86,6 +86,7 @@ def percentiles(values: Tensor, fractions: Sequence[float]) -> list[float]:
     for fraction in fractions:
         place = fraction * (len(ordered) - 1)
         low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        found.append(float(torch.lerp(ordered[low], ordered[high], place - low)))
+        # Between a number and infinity there is none, not even at the number's own place.
+        value = ordered[low] if place == low else torch.lerp(ordered[low], ordered[low + 1], place - low)
+        found.append(float(value))
     return found

@@ -27,7 +27,7 @@ from d2qconv.exporters.contents import contents
 from d2qconv.exporters.file_set import members
 from d2qconv.exporters.manifest import FileRecord
 from d2qconv.foreign.read import open_float_source
-from d2qconv.report.html import carried, in_script
+from d2qconv.report.html import carried, in_script, version_of
 from d2qconv.report.page import render
 from d2qconv.report.schema import PackageEntry, Report, decode, is_intact, read_bytes
 
@@ -57,7 +57,10 @@ def deep_checks(
     checks += [_files_check(entry, package), _provenance_check(entry, exporter.inspect(package))]
     if isinstance(exporter, Sizing):
         sizes = exporter.tensor_bytes(package)
-        checks.append(_sizes_check(report, sizes) if entry is report.package else _sum_check(entry, sizes))
+        if entry is report.package:
+            checks.append(_sizes_check(report, sizes))
+        elif entry.written is not None:
+            checks.append(_sum_check(entry, sizes))
     checks.append(_source_check(report, source, revision, progress))
     return checks
 
@@ -65,9 +68,9 @@ def deep_checks(
 def _entry(report: Report, package: Path, where: Path) -> PackageEntry:
     """The package's own entry: by the name that it had, or the only one of its kind."""
     entries = [report.package, *report.also]
-    named = [e for e in entries if package.name == e.name or package.name in {f.name for f in e.files}]
+    of_name = [e for e in entries if package.name == e.name or package.name in {f.name for f in e.files}]
     alike = [e for e in entries if e.is_folder == package.is_dir()]
-    found = named or alike
+    found = of_name or alike
     if len(found) != 1:
         listed = ", ".join(e.name for e in entries)
         raise InputError(
@@ -91,13 +94,13 @@ def _report_check(report: Report, data: bytes) -> Check:
 def _page_check(report: Report, data: bytes, page: Path) -> Check:
     if not page.exists():
         return Check("page", f"{page.name} is not there", True, is_skipped=True)
-    there, drawn_by = read_bytes(page), report.environment.versions.get("d2qconv", "")
+    there, drawn_by = read_bytes(page), version_of(read_bytes(page))
     if there == render(report, data):
         return Check("page", f"{page.name} is what the report gives, byte for byte", True)
-    if drawn_by == __version__:
-        return Check("page", f"{page.name} is not what this report gives: it was changed", False)
     if carried(there) != in_script(data).encode():
         return Check("page", f"{page.name} does not carry this report: it was changed", False)
+    if drawn_by in ("", __version__):
+        return Check("page", f"{page.name} is not what this report gives: it was changed", False)
     detail = f"{page.name} carries this report; d2qconv {drawn_by} drew it, and the drawing was not compared"
     return Check("page", detail, True)
 
@@ -148,7 +151,7 @@ def _sum_check(entry: PackageEntry, sizes: Mapping[str, int]) -> Check:
     total = sum(sizes.values())
     detail = f"{len(sizes)} take {total:,} bytes, as the report says"
     if total != entry.written:
-        detail = f"{total:,} in all, and the report says {entry.written or 0:,}"
+        detail = f"{total:,} in all, and the report says {entry.written:,}"
     return Check("bytes of tensors", detail, total == entry.written)
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from d2qconv import progress
+from d2qconv import __version__, progress
 
 #: Stands for a number that is not there.
 NONE = "–"
+#: Begins the version that drew a page.
+_DRAWN_BY = '<meta name="generator" content="d2qconv '
 #: Begins the JSON that a page carries along.
 _CARRIER = '<script type="application/json" id="report">'
 
@@ -148,6 +150,7 @@ def document(title: str, body: str, data: bytes = b"") -> bytes:
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
+        f'{_DRAWN_BY}{escape(__version__)}">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         f"<title>{text(title)}</title><style>{style}</style>"
     )
@@ -158,9 +161,18 @@ def document(title: str, body: str, data: bytes = b"") -> bytes:
 
 def carried(page: bytes) -> bytes:
     """The JSON that a page of any version carries along, as `in_script` wrote it; empty if there is none."""
-    _, begin, rest = page.partition(_CARRIER.encode())
-    found, end, _ = rest.partition(b"</script>")
-    return found if begin and end else b""
+    return _between(page, _CARRIER, "</script>")
+
+
+def version_of(page: bytes) -> str:
+    """The version of d2qconv that drew a page, as it says itself; empty if it does not."""
+    return _between(page, _DRAWN_BY, '">').decode(errors="replace")
+
+
+def _between(page: bytes, begin: str, end: str) -> bytes:
+    _, has_begin, rest = page.partition(begin.encode())
+    found, has_end, _ = rest.partition(end.encode())
+    return found if has_begin and has_end else b""
 
 
 def in_script(data: bytes) -> str:

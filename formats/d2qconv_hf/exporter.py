@@ -83,9 +83,12 @@ class HfExporter:
         # Floats stay floats here, so that no rule about single matrices can act either.
         refusals += idle_options(self.options, ("type", "group_size", "zero", "tensor_type"))
         shapes = {} if refusals else adopted_shapes(model, storages)
-        plan = self._target(
-            model, carrier, shapes, lambda t, shape: self._adopted(model, t, shape, storages.get(t)), refusals
-        )
+        floats = types.FLOATS[self.options.dtype or types.dtype_of_steps(storages.values())]
+
+        def storage(tensor: TensorId, shape: tuple[int, ...]) -> TensorPlan | Refusal:
+            return self._adopted(model, tensor, shape, storages.get(tensor), floats)
+
+        plan = self._target(model, carrier, shapes, storage, refusals)
         return replace(
             plan,
             refusals=(*plan.refusals, *types.step_refusals(self._dtype(plan.tensors), plan.tensors)),
@@ -289,16 +292,21 @@ class HfExporter:
         return TensorPlan(tensor, stored_name(model, tensor), shape, storage, n_bytes, note)
 
     def _adopted(
-        self, model: ModelDesc, tensor: TensorId, shape: tuple[int, ...], given: Grid | FloatType | None
+        self,
+        model: ModelDesc,
+        tensor: TensorId,
+        shape: tuple[int, ...],
+        given: Grid | FloatType | None,
+        floats: FloatType,
     ) -> TensorPlan | Refusal:
         """A tensor on the grid that holds `given`'s values; embedding and head as floats, and what is given in none.
 
-        Floats beside another format's package have the type that runtimes compute in, whatever theirs is there: MLX
+        floats: what runtimes compute in. Floats beside another format's package have it, whatever theirs is there: MLX
         would go on in f32 behind an f32 norm. Of a checkpoint that is imported they keep its type, unless an option
         names one.
         """
         if isinstance(given, FloatType):
-            return self._float(model, tensor, shape)
+            return self._float(model, tensor, shape, floats)
         if given is None:
             own = None if self.options.dtype else FloatType.of(model.tensors[tensor].dtype)
             return self._float(model, tensor, shape, own)

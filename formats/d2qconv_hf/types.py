@@ -9,7 +9,7 @@ both hold, and a runtime that multiplies in f16 rounds once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -86,6 +86,12 @@ def holding(given: Grid) -> Iterator[AffineGrid]:
 def overflows(given: Grid) -> bool:
     """Whether -zero · step is known not to be an f16 everywhere, where steps are f16."""
     return isinstance(given, FoundGrid) and given.scale == "f16" and not given.has_f16_offsets
+
+
+def dtype_of_steps(storages: Iterable[Grid | FloatType]) -> str:
+    """What holds the steps of another format's grids: bfloat16 if that is what they are in, or float16."""
+    narrow = [as_affine(s) for s in storages if not isinstance(s, FloatType)]
+    return "bfloat16" if any(n is not None and n.scale == "bf16" for n in narrow) else DTYPE
 
 
 def dtype_of(tensors: Sequence[TensorPlan]) -> str:

@@ -78,7 +78,7 @@ def test_nothing_to_read_is_a_usage_error(d2q, package):
         (("--text", "t.txt", "--task-folder", "f"), "--task-folder: does nothing without --tasks"),
         (("--tasks", "arc_easy", "--baseline", "b.gguf"), "--baseline: does nothing for tasks alone"),
         (("--text", "t.txt", "--device", "cpu"), "--device: does nothing without --source"),
-        (("--text", "t.txt", "--seed", 3), "--seed: does nothing with --text"),
+        (("--text", "t.txt", "--seed", 3), "--seed: does nothing where nothing is sampled"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_a_usage_error(d2q, package, words, where):

@@ -87,6 +87,7 @@ def test_the_readmes_example(tmp_path, monkeypatch, capsys):
     origin = d2qconv.inspect(scope["exported"].path)["provenance"]["d2qconv.recipe"]
     assert "not quantized again" in origin
     assert "nearest, from tiny-qwen3-5m" in origin
+    assert not found.warnings
 
 
 def test_floats_are_not_exported_and_codes_not_planned(tmp_path):

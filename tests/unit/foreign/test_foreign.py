@@ -359,6 +359,21 @@ def read_everything(folder):
         assert linear.grid is None or linear.coded() is not None
 
 
+@pytest.mark.parametrize("name", ["group", "dynamic", "Group", True])
+def test_names_of_act_order_and_groups_that_differ_in_it_alone(tmp_path, name):
+    """compressed_tensors' ActivationOrdering has aliases; a config may have groups with and without an index."""
+    weights = ct(actorder=name)["config"]["config_groups"]["g"]
+    plain = ct()["config"]["config_groups"]["g"]
+    for groups in ({"a": weights}, {"a": weights, "b": plain}, {"b": plain, "a": weights}):
+        folder = tmp_path / "-".join(groups)
+        _, values = make_foreign(
+            folder, "compressed-tensors", Scheme(4, 32, order=True), config={"config_groups": groups}
+        )
+        foreign = read_foreign(open_checkpoint(str(folder)))
+        for weight, wanted in values.items():
+            assert torch.equal(foreign.linears[weight].decode(), torch.from_numpy(wanted))
+
+
 def test_integers_in_a_checkpoint_of_floats_are_refused(tmp_path):
     folder, _ = make_foreign(tmp_path / "m", "gptq", Scheme(4, 32))
     config = json.loads((folder / "config.json").read_text())

@@ -18,7 +18,7 @@ from d2qconv.ir.coded import Coded
 from d2qconv.measure.reference import logits as reference
 from d2qconv.names import Part, Role, TensorId
 from d2qconv.testing.models import make_checkpoint
-from d2qconv_hf import types
+from d2qconv_hf import HfOptions, types
 from d2qconv_hf.container import open_folder
 from d2qconv_hf.reader import read_model
 from d2qconv_hf.runtime import logits
@@ -218,3 +218,19 @@ def test_bytes_are_the_same_every_time(tmp_path):
         write(tmp_path / name, "safetensors", "llama", type="int2")
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("other", ["mlx", "gptq", "auto-round"])
+def test_floats_beside_another_folder_have_the_type_of_its_steps(dtype, other):
+    """Of an f32 norm beside f16 steps MLX would go on in f32; bf16 steps beside f16 norms are no better."""
+    _, desc, planned = plan("safetensors", source("llama"), Carrier.NONE, type="int4", dtype=dtype)
+    storages = {t.id: t.storage for t in planned.tensors}
+    exporter, *_ = plan(other, source("llama"), Carrier.NONE, type="int4")
+    adopted = type(exporter)(HfOptions()).plan_adopted(desc, Carrier.NONE, storages)
+    assert not adopted.refusals
+    floats = {t.storage for t in adopted.tensors if isinstance(t.storage, FloatType)}
+    assert floats == {types.FLOATS[dtype]}
+    wide = {t: FloatType.F32 if isinstance(s, FloatType) else s for t, s in storages.items()}
+    adopted = type(exporter)(HfOptions()).plan_adopted(desc, Carrier.NONE, wide)
+    assert {t.storage for t in adopted.tensors if isinstance(t.storage, FloatType)} == floats

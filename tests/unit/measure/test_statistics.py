@@ -82,3 +82,8 @@ def test_few_values_have_no_error():
     assert (share(1, 1).value, share(1, 1).error) == (1, 0)
     assert root_mean_square(torch.zeros(5, dtype=torch.float64)).error == 0
     assert percentiles(one, [0.5, 0.99]) == [3, 3]
+
+
+def test_one_infinite_value_is_the_maximum_and_nothing_else():
+    values = torch.tensor([0.3, 0.1, 0.2, math.inf], dtype=torch.float64)
+    assert percentiles(values, [0, 1 / 3, 2 / 3, 1]) == pytest.approx([0.1, 0.2, 0.3, math.inf])

@@ -9,11 +9,13 @@ import torch
 import d2qconv
 from d2qconv import pipeline
 from d2qconv.calibrate.tokens import load_tokens
-from d2qconv.errors import ExportError, PlanError
+from d2qconv.errors import ExportError, InputError, PlanError, RunError
 from d2qconv.exporters.base import Carrier, Check
+from d2qconv.ir.store import Store
 from d2qconv.job import Also
 from d2qconv.measure.reference import logits
 from d2qconv.names import Part, Role, TensorId
+from d2qconv.packaging import check_all_places
 from d2qconv.pipeline import Job, convert, plan
 from d2qconv.progress import Unwatched
 from d2qconv.run import CalibrationSpec, Recipe
@@ -201,6 +203,40 @@ def test_a_run_cut_off_behind_the_blocks_goes_on_and_gives_the_same_bytes(
     assert asked.output.read_bytes() == (tmp_path / "a.gguf").read_bytes()
     assert (resumed.kld, resumed.fingerprint) == (straight.kld, straight.fingerprint)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "small", "text.txt"]
+
+
+def test_a_run_goes_on_with_the_sequences_that_were_sampled_for_its_last_pass(tmp_path, text, small):
+    """Of types that are chosen by measurement the last pass is planned twice: what was sampled is the first plan's."""
+    asked = job(small, tmp_path / "a.gguf", text, recipe=replace(RECIPE, refine=2))
+    planned = plan(asked)
+    known = pipeline._asked(asked, planned.checkpoint, planned.desc, planned.target, planned.device)
+    for begun, scope, own in (
+        (f"{known} block 5", "block", 5),
+        (f"{known} block", "model", 0),
+        ("x block 5", "model", 0),
+    ):
+        with Store(asked.work_folder, "f", {}, begun) as store:
+            assert (plan(asked).last_pass.scope, plan(asked).last_pass.own) == (scope, own)
+            store.delete()
+
+
+def test_a_work_directory_that_is_damaged_is_no_matter_of_the_plan(tmp_path, text, small):
+    asked = job(small, tmp_path / "a.gguf", text)
+    asked.work_folder.mkdir()
+    (asked.work_folder / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        convert(plan(asked), Unwatched())
+
+
+def test_packages_of_one_run_must_have_room_together(tmp_path, text, small, monkeypatch):
+    asked = job(small, tmp_path / "a.gguf", text)
+    planned = plan(replace(asked, also=(Also(INFO, tmp_path / "b.gguf"),)))
+    free = int(1.5 * planned.target.n_bytes)
+    monkeypatch.setattr("d2qconv.exporters.package._free", lambda _: free)
+    check_all_places([(planned.main, planned.most_bytes)], overwrite=False)
+    sizes = [(to, to.target.n_bytes) for to in (planned.main, *planned.also)]
+    with pytest.raises(InputError, match="the disk has"):
+        check_all_places(sizes, overwrite=False)
 
 
 def test_packages_of_one_run_appear_together_or_not_at_all(tmp_path, text, small, unverified, monkeypatch):

@@ -206,6 +206,12 @@ def test_a_name_that_is_no_text_is_refused_before_any_work(tmp_path):
     str(caught.value).encode()
 
 
+def test_a_calibration_whose_name_is_no_text_is_refused(tmp_path):
+    (tmp_path / "c\udce9.txt").write_text("text")
+    with pytest.raises(InputError, match="not UTF-8"):
+        plan(job(tmp_path, calibration=CalibrationSpec(str(tmp_path / "c\udce9.txt"), 4, 16)))
+
+
 def test_places_beside_each_other_are_taken(tmp_path):
     also = tuple(Also(FOLDER, tmp_path / name) for name in ("out-onnx", "ou", "out2", "out.workers"))
     asked = job(tmp_path, exporter=FOLDER, output=tmp_path / "out", also=also)

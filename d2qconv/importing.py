@@ -153,7 +153,7 @@ def plan_import(job: Job, foreign: Foreign) -> PlannedImport:
 def _require_untouched(job: Job) -> None:
     """Raise InputError for what is asked of a quantization: nothing here would do it."""
     names = [
-        "calibration" if field.name == "source" else field.name
+        _option(field.name, getattr(part, field.name))
         for part, untouched in ((job.recipe, Recipe()), (job.calibration, CalibrationSpec()))
         for field in fields(part)
         if getattr(part, field.name) != getattr(untouched, field.name)
@@ -167,6 +167,13 @@ def _require_untouched(job: Job) -> None:
             where=job.model,
             todo="add --requantize, or leave it out",
         )
+
+
+def _option(name: str, value: object) -> str:
+    """A field's option as it was given: `no-refit`."""
+    if name == "source":
+        return "calibration"
+    return f"no-{name}" if value is False else name
 
 
 def convert_import(planned: PlannedImport, watch: Watch) -> Imported:

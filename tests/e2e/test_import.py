@@ -179,7 +179,7 @@ def test_options_of_a_quantization_are_refused_by_name(tmp_path, capsys):
     words = [word for option, value in QUANTIZING.items() for word in (f"--{option}", value)]
     code, report = run(capsys, "to-gptq", folder, "-o", tmp_path / "o", *words, "--dac", "--no-refit")
     assert code == 2
-    for option in (*QUANTIZING, "dac", "refit"):
+    for option in (*QUANTIZING, "dac", "no-refit"):
         assert f"--{option}" in report["error"]["message"], option
     assert "add --requantize, or leave it out" in report["error"]["message"]
     assert not (tmp_path / "o").exists()

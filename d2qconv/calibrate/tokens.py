@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 10
 
 
+#: Characters of a text file that is read as a whole, however few tokens are needed of it.
+LONG_TEXT = 1 << 23
+#: Tokens before a cut that are not relied on.
+_BEFORE_CUT = 64
+
+
 @dataclass(frozen=True)
 class CalibrationTokens:
     """i64[n, length] each. description: for people.
@@ -184,8 +190,9 @@ def read_stream(
 ) -> Tensor:
     """All tokens of a text, JSONL or token file, or of a hub data set, as one i64[n]; raises InputError, PluginError.
 
-    A text file is tokenized as a whole; the texts of the others one by one, each with an empty line behind it, until
-    there are `most` tokens. encoder: makes what turns a text into tokens; not called for a token file.
+    A text file is tokenized as a whole, of a long one the beginning, in which there are `most` tokens; the texts of the
+    others one by one, each with an empty line behind it, until there are as many. None: all of it. encoder: makes what
+    turns a text into tokens; not called for a token file.
     """
     path = Path(source)
     if path.suffix in (".npy", ".safetensors"):
@@ -196,13 +203,28 @@ def read_stream(
     elif path.suffix == ".jsonl":
         texts = _jsonl_texts(path)
     else:
-        return torch.tensor(encode(_read_text(path)), dtype=torch.int64)
+        return torch.tensor(_encode_beginning(_read_text(path), encode, most), dtype=torch.int64)
     ids: list[int] = []
     for text in texts:
         ids += encode(text + "\n\n")
         if most is not None and len(ids) >= most:
             break
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _encode_beginning(text: str, encode: Callable[[str], Sequence[int]], most: int | None) -> Sequence[int]:
+    """Tokens of a text; of one beyond LONG_TEXT at least `most` of its first ones, None for all.
+
+    A tokenizer takes some 200 bytes of memory a character. The tokens just before a cut may be others than in the whole
+    text; they are left out.
+    """
+    n = len(text) if most is None else max(LONG_TEXT, 8 * most)
+    while n < len(text):
+        ids = encode(text[:n])
+        if most is not None and len(ids) >= most + _BEFORE_CUT:
+            return ids[:-_BEFORE_CUT]
+        n *= 2
+    return encode(text)
 
 
 def _cut(stream: Tensor, spec: CalibrationSpec, wanted: int, bos: int | None) -> Tensor:

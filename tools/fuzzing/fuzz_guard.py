@@ -23,7 +23,7 @@ WALL, CPU = 10.0, 4.0
 #: A process with less of a share of the CPU waits for something else.
 _IDLE = 0.02
 #: Memory that a call may take beyond some times the size of its files.
-MEMORY, PER_BYTE = 192 << 20, 24
+MEMORY = 192 << 20
 #: Address space beyond what the process has when it begins.
 ADDRESS_SPACE = 2 << 30
 _NEVER = {
@@ -67,8 +67,11 @@ class Guard:
         self._readable = (*self._readable, os.path.realpath(folder))
 
     @contextlib.contextmanager
-    def watching(self, root: Path, n_bytes: int) -> Iterator[Seen]:
-        """Watch what the body does. root: the folder that it may read and change; n_bytes: size of its files."""
+    def watching(self, root: Path, n_bytes: int, per_byte: int) -> Iterator[Seen]:
+        """Watch what the body does. root: the folder that it may read and change; n_bytes: size of its files.
+
+        per_byte: bytes of memory that each of these may take, beyond MEMORY.
+        """
         seen = Seen()
         self._root = os.path.realpath(root)
         before, self._started = _reset_peak(), (time.monotonic(), time.process_time())
@@ -83,7 +86,7 @@ class Guard:
             used, taken = time.process_time() - self._started[1], _peak() - before
             if used > CPU:
                 seen.faults.append(f"{used:.1f} s of CPU")
-            if taken > MEMORY + PER_BYTE * n_bytes:
+            if taken > MEMORY + per_byte * n_bytes:
                 seen.faults.append(f"{taken >> 20} MiB of memory for {n_bytes} bytes of files")
 
     def _ring(self, _signal: int, _frame: FrameType | None) -> None:

@@ -84,7 +84,8 @@ class Reader:
 
     is_exact: an accepted result must equal the pristine one. may_link: the files are named by the user himself, and a
     symbolic link is as good. is_text: the file may be a pipe too. may_drop: what is not sound is made again, so that a
-    link that leads out may be accepted, unread. weight: share of all cases.
+    link that leads out may be accepted, unread. per_byte: bytes of memory that a byte of its files may take, some 200
+    for a tokenizer. weight: share of all cases.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Reader:
     may_link: bool = False
     is_text: bool = False
     may_drop: bool = False
+    per_byte: int = 24
     weight: float = 1.0
 
 
@@ -316,7 +318,7 @@ READERS: Mapping[str, Reader] = {
         Reader("checkpoint", checkpoints, read_checkpoint, weight=2),
         Reader("foreign", foreign_checkpoints, read_foreign_checkpoint, weight=2),
         Reader("tokenizer", tokenizers, read_tokenizer, weight=2),
-        Reader("tokens", token_files, read_calibration, may_link=True, is_text=True),
+        Reader("tokens", token_files, read_calibration, may_link=True, is_text=True, per_byte=256),
         Reader("gguf", ggufs, read_package_gguf, is_exact=True, may_link=True, weight=2),
         Reader("base-gguf", base_ggufs, read_base, may_link=True, is_exact=True),
         Reader("imatrix", importances, read_importance, may_link=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import traceback
@@ -73,9 +74,11 @@ class Fuzzer:
         )
         changed = f"{variant}: {change}"
         self.last = folder
+        # A change may make a text longer, a hundred times and that again.
+        n_bytes = max(n_bytes, _n_bytes(folder))
         found = None
         kind, why = "accepted", ""
-        with self._guard.watching(folder, n_bytes) as seen:
+        with self._guard.watching(folder, n_bytes, reader.per_byte) as seen:
             try:
                 found = reader.read(folder)
             except D2qError as error:
@@ -126,6 +129,12 @@ def _restore(folder: Path, pristine: Path, touched: set[Path]) -> None:
         elif real.exists():
             path.parent.mkdir(exist_ok=True)
             shutil.copyfile(real, path, follow_symlinks=False)
+
+
+def _n_bytes(folder: Path) -> int:
+    """Of the regular files in it; links and pipes have none."""
+    found = (path.lstat() for path in folder.rglob("*"))
+    return sum(about.st_size for about in found if stat.S_ISREG(about.st_mode))
 
 
 def _last_lines() -> str:

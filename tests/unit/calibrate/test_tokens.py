@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import d2qconv
 from d2qconv.arch.bind import bind
 from d2qconv.calibrate.statistics import InputAccumulator
-from d2qconv.calibrate.tokens import bos_token, check_spec, load_tokens
+from d2qconv.calibrate.tokens import bos_token, check_spec, encoder, load_tokens, read_stream
 from d2qconv.checkpoint.open import open_checkpoint
 from d2qconv.errors import InputError
 from d2qconv.run import CalibrationSpec
@@ -100,6 +100,30 @@ def edited(folder, config=None, **parts):
         content = json.loads((folder / name).read_text()) | more
         (folder / name).write_text(json.dumps(content))
     return open_checkpoint(str(folder))
+
+
+def test_of_a_long_text_the_beginning_is_read_and_its_tokens_are_those_of_the_whole(
+    tmp_path, checkpoint, monkeypatch
+):
+    text = "".join(f"Day {i}: the old keeper counted {i * i} ships and went to bed.\n" for i in range(900))
+    (tmp_path / "t.txt").write_text(text)
+    asked = []
+
+    def make():
+        whole = encoder(checkpoint)
+        return lambda piece: asked.append(len(piece)) or whole(piece)
+
+    every = read_stream(str(tmp_path / "t.txt"), make)
+    assert asked == [len(text)]
+    monkeypatch.setattr("d2qconv.calibrate.tokens.LONG_TEXT", 1000)
+    for most in (1, 200, 2000, len(every) - 10, len(every) + 10):
+        asked.clear()
+        found = read_stream(str(tmp_path / "t.txt"), make, most=most)
+        assert min(most, len(every)) <= len(found) <= len(every)
+        assert torch.equal(found, every[: len(found)])
+        if most <= 200:
+            assert max(asked) < len(text) / 10
+    assert len(found) == len(every)
 
 
 def test_truncation_and_padding_of_the_tokenizer_do_not_count(tmp_path, checkpoint, model):

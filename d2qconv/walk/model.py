@@ -420,7 +420,10 @@ class _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        # What is finished is written, also where the run ends here for another reason.
+        if self._reading is not None:
+            self._reading.cancel()
+        self._threads.shutdown(wait=True)
 
     def read_ahead(self, index: int) -> None:
         """Begin to read a block, if there is one of that number."""

@@ -1,5 +1,6 @@
 """The whole walk on tiny models: order, folds, resume."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -157,3 +158,16 @@ def test_linears_may_stay_float(model, tmp_path):
     down = leaders(run).tensors()[TensorId(Role.DOWN, 0)]
     assert isinstance(down, Dense)
     assert torch.equal(down.load(), model.tensors[TensorId(Role.DOWN, 0)].load().half())
+
+
+def test_a_finished_block_is_written_even_if_the_run_ends_just_then(model, tmp_path):
+    """The thread that writes may not have begun."""
+    run = walk(model, tmp_path / "a")
+    with walk_model._Files(model, run.store) as files:
+        block = threading.Event()
+        for _ in range(2):
+            files._threads.submit(block.wait, 5)
+        files.read_ahead(0)
+        files.write("block-0000", {}, None)
+        threading.Timer(0.2, block.set).start()
+    assert leaders(run).parts() == ("block-0000",)

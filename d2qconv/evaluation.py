@@ -27,8 +27,9 @@ from d2qconv.calibrate.tokens import check_vocabulary, is_hub_name, read_stream
 from d2qconv.checkpoint.open import Checkpoint
 from d2qconv.errors import InputError, PluginError, RunError, VerifyError
 from d2qconv.exporters.base import ExporterInfo
+from d2qconv.exporters.beside import named
 from d2qconv.exporters.contents import contents
-from d2qconv.exporters.manifest import file_record
+from d2qconv.exporters.manifest import file_record, provenance_of
 from d2qconv.exporters.package import atomic_output
 from d2qconv.exporters.runtime import Evaluating, LoadedPackage, Tokenizer
 from d2qconv.foreign.read import open_float_source
@@ -198,9 +199,8 @@ def _record(target: Target) -> _Record:
     except VerifyError:
         # Its runtime may take it all the same, or says why not.
         return _Record(0, "")
-    longest, said = facts.get("context_length"), dict(facts.get("provenance", {}))
-    digest = said.get("source_sha256") or said.get("d2qconv.source_sha256") or ""
-    return _Record(longest if isinstance(longest, int) else 0, str(digest))
+    longest = facts.get("context_length")
+    return _Record(longest if isinstance(longest, int) else 0, provenance_of(facts).get("source_sha256", ""))
 
 
 def _runtime(target: Target, length: int) -> LoadedPackage:
@@ -306,7 +306,7 @@ def _judged(package: PackageFacts, score: Divergence | Likelihood) -> Judged:
 def _package_facts(target: Target, record: _Record, runtime: LoadedPackage) -> PackageFacts:
     found = contents(target.path)
     return PackageFacts(
-        name=target.path.resolve().name if target.path.name in ("", "..") else target.path.name,
+        name=named(target.path).name,
         format=target.exporter.name,
         n_bytes=found.n_bytes,
         sha256=found.sha256,

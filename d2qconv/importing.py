@@ -32,7 +32,7 @@ from d2qconv.ir.coded import Coded
 from d2qconv.ir.model import Provenance, QuantizedModel, Stored
 from d2qconv.ir.recoded import recoded
 from d2qconv.job import Destination, Job, check_places
-from d2qconv.names import TensorId
+from d2qconv.names import TensorId, shortened
 from d2qconv.outcome import AlsoWritten
 from d2qconv.packaging import check_all_places, grids_of, plan_also, written_package
 from d2qconv.progress import Watch
@@ -280,9 +280,8 @@ def _refusals(
         else:
             yield refusal
     for why, tensors in alike.items():
-        first = tensors[0]
-        where = str(first) if len(tensors) == 1 else f"{first} and {len(tensors) - 1} more"
-        yield Refusal(where, why, f"quantize it again with --requantize{_cost_again(job, desc, first)}")
+        todo = f"quantize it again with --requantize{_cost_again(job, desc, tensors[0])}"
+        yield Refusal(shortened(tensors), why, todo)
 
 
 def _is_about(refusal: Refusal, tensor: TensorId) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -55,3 +56,8 @@ class TensorId:
             case ["blk", block, role, part] if block.isdigit():
                 return cls(Role(role), int(block), Part(part))
         raise ValueError(f"not a tensor id: {text!r}")
+
+
+def shortened(tensors: Sequence[TensorId]) -> str:
+    """`blk.0.q.bias and 31 more`."""
+    return str(tensors[0]) + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,7 @@ class Measure:
             (("device", "revision"), self.source is not None, "without --source", "add --source"),
             (("seed",), self.text is None and is_measured, "where nothing is sampled", "leave it out"),
         )
-        for names, is_used, when, todo in groups:
-            for name in () if is_used else names:
-                if getattr(self, name) not in (None, 0):
-                    raise InputError(f"does nothing {when}", where=f"--{name.replace('_', '-')}", todo=todo)
+        _require_used(self, groups)
 
 
 @group("Deep", 2)
@@ -77,10 +75,12 @@ class Deep:
 
     def check(self) -> None:
         """Raise InputError for options that would do nothing."""
-        alone = [
-            name
-            for name in ("report", "source", "revision")
-            if getattr(self, name) is not None and not self.deep
-        ]
-        if alone:
-            raise InputError("does nothing without --deep", where=f"--{alone[0]}", todo="add --deep")
+        _require_used(self, [(("report", "source", "revision"), self.deep, "without --deep", "add --deep")])
+
+
+def _require_used(options: object, groups: Iterable[tuple[tuple[str, ...], bool, str, str]]) -> None:
+    """groups: names of fields, whether they would do something, when not, what to do then. 0 and None say nothing."""
+    for names, is_used, when, todo in groups:
+        for name in () if is_used else names:
+            if getattr(options, name) not in (None, 0):
+                raise InputError(f"does nothing {when}", where=f"--{name.replace('_', '-')}", todo=todo)

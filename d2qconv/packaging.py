@@ -40,16 +40,6 @@ def plan_also(
     return Destination(info, wanted.output, exporter, plan)
 
 
-def check_place(to: Destination, overwrite: bool, n_bytes: int) -> None:
-    """Look at a package's place before any work; raises InputError."""
-    if to.info.is_folder:
-        check_folder(to.output, overwrite, n_bytes)
-    elif to.target.is_split:
-        check_set(to.output, overwrite, n_bytes)
-    else:
-        check_output(to.output, overwrite, n_bytes)
-
-
 def check_all_places(places: Sequence[tuple[Destination, int]], overwrite: bool) -> None:
     """Look at the places of all packages of a run, whose bytes lie on the disk at the same time; raises InputError."""
     taken: dict[int, int] = {}
@@ -58,7 +48,7 @@ def check_all_places(places: Sequence[tuple[Destination, int]], overwrite: bool)
         there = next(p for p in to.output.resolve().parents if p.exists())
         disk = there.stat().st_dev
         taken[disk] = taken.get(disk, 0) + n_bytes
-        check_place(to, overwrite, taken[disk])
+        _check_place(to, overwrite, taken[disk])
 
 
 @contextmanager
@@ -86,6 +76,15 @@ def written_package(
 def grids_of(target: TargetPlan) -> dict[TensorId, Grid]:
     """The grids of a plan, by tensor."""
     return {t.id: t.storage for t in target.tensors if not isinstance(t.storage, FloatType)}
+
+
+def _check_place(to: Destination, overwrite: bool, n_bytes: int) -> None:
+    if to.info.is_folder:
+        check_folder(to.output, overwrite, n_bytes)
+    elif to.target.is_split:
+        check_set(to.output, overwrite, n_bytes)
+    else:
+        check_output(to.output, overwrite, n_bytes)
 
 
 def _place_of(to: Destination) -> Callable[..., AbstractContextManager[Path]]:

@@ -34,6 +34,7 @@ from d2qconv.exporters.package import (
     remove_stale,
     sync_files,
     sync_folder,
+    taken,
     unwritable,
 )
 
@@ -137,11 +138,7 @@ def _publish(folder: Path, final: Path, overwrite: bool) -> None:
     sync_files(folder / name for name in names)
     sync_folder(folder)
     if members(final) and not overwrite:
-        raise ExportError(
-            "another process wrote the output meanwhile",
-            where=str(final),
-            todo="name another file with -o",
-        )
+        raise taken(final, "file")
     folder.rename(_complete(final))
     sync_folder(final.parent)
     _end_move(final)

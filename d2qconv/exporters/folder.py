@@ -31,8 +31,10 @@ from d2qconv.exporters.package import (
     free_beside,
     partial_name,
     remove_stale,
+    require_room,
     sync_files,
     sync_folder,
+    taken,
     unwritable,
 )
 
@@ -62,12 +64,7 @@ def check_folder(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
             raise InputError(
                 "the output exists", where=str(path), todo="name another folder, or add --overwrite"
             )
-    if n_bytes > free:
-        raise InputError(
-            f"the package takes {n_bytes:,} bytes and the disk has {free:,} left",
-            where=str(path),
-            todo="make room, or name a folder on another disk with -o",
-        )
+    require_room(path, n_bytes, free, "folder")
 
 
 @contextmanager
@@ -125,11 +122,7 @@ def _publish(partial: Path, final: Path, overwrite: bool) -> None:
     sync_folder(partial)
     if final.is_dir() and any(final.iterdir()):
         if not (overwrite and (final / MANIFEST).is_file()):
-            raise ExportError(
-                "another process wrote the output meanwhile",
-                where=str(final),
-                todo="name another folder with -o",
-            )
+            raise taken(final, "folder")
         final.rename(_replaced(final))
         try:
             sync_folder(final.parent)

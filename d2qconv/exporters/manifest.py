@@ -7,7 +7,7 @@ package comes from, and what it needs to be loaded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -76,6 +76,12 @@ def inspected(folder: Path) -> dict[str, Any]:
         "requires": manifest.requires,
         "provenance": manifest.provenance,
     }
+
+
+def provenance_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Where a package says that it comes from, of what its exporter's `inspect` gives, without GGUF's prefix."""
+    said = dict(facts.get("provenance", {}))
+    return {name.removeprefix("d2qconv."): str(text) for name, text in said.items()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

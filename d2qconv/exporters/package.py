@@ -30,11 +30,16 @@ def check_output(path: Path, overwrite: bool, n_bytes: int = 0) -> None:
     # RuntimeError: links that lead to each other (Python 3.12 and older).
     except (OSError, RuntimeError) as error:
         raise _unwritable_place(path, error) from error
+    require_room(path, n_bytes, free, "file")
+
+
+def require_room(path: Path, n_bytes: int, free: int, what: str) -> None:
+    """Raise InputError for a package that the disk does not hold. what: a file or a folder, for the user."""
     if n_bytes > free:
         raise InputError(
             f"the package takes {n_bytes:,} bytes and the disk has {free:,} left",
             where=str(path),
-            todo="make room, or name a file on another disk with -o",
+            todo=f"make room, or name a {what} on another disk with -o",
         )
 
 
@@ -112,6 +117,13 @@ def unwritable(path: Path, error: OSError) -> ExportError:
     )
 
 
+def taken(final: Path, what: str) -> ExportError:
+    """What to say if the output is there all of a sudden. what: a file or a folder."""
+    return ExportError(
+        "another process wrote the output meanwhile", where=str(final), todo=f"name another {what} with -o"
+    )
+
+
 def _publish(partial: Path, final: Path, overwrite: bool) -> None:
     if not partial.is_file():
         raise ExportError("the exporter wrote no file", where=str(final))
@@ -123,11 +135,7 @@ def _publish(partial: Path, final: Path, overwrite: bool) -> None:
             # Unlike a rename, a link fails if the name is taken.
             final.hardlink_to(partial)
         except FileExistsError as error:
-            raise ExportError(
-                "another process wrote the output meanwhile",
-                where=str(final),
-                todo="name another file with -o",
-            ) from error
+            raise taken(final, "file") from error
         except OSError:
             # No hard links on this file system (FAT, some network mounts).
             partial.replace(final)

@@ -72,13 +72,14 @@ def collect(run: RunFacts) -> Report:
     Raises InputError for a file that cannot be read.
     """
     planned, outcome = run.planned, run.outcome
-    tensors = _tensors(run)
+    sizes = _sizes(planned.exporter, outcome.path)
+    tensors = _tensors(run, sizes)
     return Report(
         report=VERSION,
         digest="",
-        package=_package(planned.main, outcome.path, outcome.checks, run.about),
+        package=_package(planned.main, outcome.path, sizes, outcome.checks, run.about),
         also=[
-            _package(to, written.path, written.checks, run.about)
+            _package(to, written.path, _sizes(to.exporter, written.path), written.checks, run.about)
             for to, written in zip(planned.also, outcome.also, strict=True)
         ],
         source=_source(planned),
@@ -114,9 +115,11 @@ def measured(number: float | None) -> Measured:
     return number if number is not None and abs(number) <= LARGEST else None
 
 
-def _package(to: Destination, package: Path, checks: Sequence[Check], about: Provenance) -> PackageEntry:
-    """package: its folder, its file, or the first of its files."""
-    found, sizes = contents(package), _sizes(to.exporter, package)
+def _package(
+    to: Destination, package: Path, sizes: Mapping[str, int], checks: Sequence[Check], about: Provenance
+) -> PackageEntry:
+    """package: its folder, its file, or the first of its files. sizes: see `_sizes`."""
+    found = contents(package)
     return PackageEntry(
         format=to.info.name,
         name=to.output.name,
@@ -182,11 +185,11 @@ def _contribution(result: WalkResult) -> Contribution | None:
     )
 
 
-def _tensors(run: RunFacts) -> list[TensorEntry]:
+def _tensors(run: RunFacts, written: Mapping[str, int]) -> list[TensorEntry]:
+    """written: see `_sizes`."""
     planned = run.planned
     errors = {e.tensor: e for e in run.outcome.errors}
     chosen = {} if planned.allocation is None else planned.allocation.tensors
-    written = _sizes(planned.exporter, run.outcome.path)
 
     def entry(t: TensorPlan) -> TensorEntry:
         error = None if isinstance(t.storage, FloatType) else errors.get(str(t.id))

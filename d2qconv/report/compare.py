@@ -77,7 +77,9 @@ def differences(reports: Sequence[Report]) -> list[str]:
 
 def _points(reports: Sequence[Report]) -> list[Point]:
     """Those that have a divergence."""
-    return [point(r.package, r.quality.kld) for r in reports if r.quality.kld is not None]
+    return [
+        point(r.package.name, r.package.n_bytes, r.quality.kld) for r in reports if r.quality.kld is not None
+    ]
 
 
 def _row(report: Report) -> list[Cell]:

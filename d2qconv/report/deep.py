@@ -25,7 +25,7 @@ from d2qconv.exporters.base import Check, Exporter, Sizing
 from d2qconv.exporters.beside import named, page_of
 from d2qconv.exporters.contents import contents
 from d2qconv.exporters.file_set import members
-from d2qconv.exporters.manifest import FileRecord
+from d2qconv.exporters.manifest import FileRecord, provenance_of
 from d2qconv.foreign.read import open_float_source
 from d2qconv.report.html import carried, in_script, version_of
 from d2qconv.report.page import render
@@ -94,7 +94,8 @@ def _report_check(report: Report, data: bytes) -> Check:
 def _page_check(report: Report, data: bytes, page: Path) -> Check:
     if not page.exists():
         return Check("page", f"{page.name} is not there", True, is_skipped=True)
-    there, drawn_by = read_bytes(page), version_of(read_bytes(page))
+    there = read_bytes(page)
+    drawn_by = version_of(there)
     if there == render(report, data):
         return Check("page", f"{page.name} is what the report gives, byte for byte", True)
     if carried(there) != in_script(data).encode():
@@ -127,7 +128,7 @@ def _files_check(entry: PackageEntry, package: Path) -> Check:
 
 
 def _provenance_check(entry: PackageEntry, facts: Mapping[str, Any]) -> Check:
-    said = {k.removeprefix("d2qconv."): str(v) for k, v in dict(facts.get("provenance", {})).items()}
+    said = provenance_of(facts)
     missing = [key for key in _NEEDED if key not in said]
     if missing:
         return Check("provenance", f"the package does not say its {', '.join(missing)}", False)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import msgspec
-
 from d2qconv.report.charts import Bar, Point, bars, cloud, curve, heat_map, histogram
 from d2qconv.report.html import NONE, Cell, duration, figure, folded, number, significant, size, table
-from d2qconv.report.schema import Contribution, MemoryEntry, PackageEntry, Report, TensorEntry
+from d2qconv.report.schema import Contribution, MemoryEntry, Report, TensorEntry
 
 #: Matrices of a block in the order of their use.
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -166,11 +164,11 @@ def _prediction(report: Report) -> str:
     return figure("Predicted and measured divergence", bars("prediction", note, listed), note)
 
 
-def point(package: PackageEntry, kld: float, name: str = "") -> Point:
-    """A package in a cloud of size and divergence. name: instead of the package's own."""
+def point(name: str, n_bytes: int, kld: float) -> Point:
+    """A package in a cloud of size and divergence."""
     # A divergence of zero has no place on a logarithmic axis.
-    tip = f"{name or package.name}: {size(package.n_bytes)}, {significant(kld, 4)} nats"
-    return Point(name or package.name, max(package.n_bytes, 1) / 1e6, max(kld, 1e-9), tip)
+    tip = f"{name}: {size(n_bytes)}, {significant(kld, 4)} nats"
+    return Point(name, max(n_bytes, 1) / 1e6, max(kld, 1e-9), tip)
 
 
 def position(report: Report) -> Iterator[str]:
@@ -178,17 +176,15 @@ def position(report: Report) -> Iterator[str]:
     kld = report.quality.kld
     if kld is None:
         return
-    points = [point(package, kld) for package in (report.package, *report.also)]
+    points = [point(package.name, package.n_bytes, kld) for package in (report.package, *report.also)]
     curve: list[Point] = []
     note = "Mean KL divergence over the size of the package; both axes are logarithmic. "
     if report.allocation is not None:
         package = report.package
-        points.append(point(package, report.allocation.kld, "predicted"))
+        points.append(point("predicted", package.n_bytes, report.allocation.kld))
         # The curve counts tensors alone.
         besides = package.n_bytes - package.tensor_bytes
-        for n_bytes, nats in report.allocation.curve:
-            resized = msgspec.structs.replace(package, n_bytes=max(n_bytes + besides, 0))
-            curve.append(point(resized, nats, "choice"))
+        curve += [point("choice", max(n + besides, 0), nats) for n, nats in report.allocation.curve]
         note += "The line is what other sizes were predicted to give, from the same types to choose from. "
     note += "“d2qconv report THIS.report.json OTHER.report.json -o PAGE.html” sets it beside packages of other runs."
     yield figure("Divergence over size", cloud("position", note, points, curve, AXES), note)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from d2qconv.names import shortened
 from d2qconv.views.facts import tensor_facts, written_facts
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def plan_pairs(planned: PlannedImport) -> Iterator[tuple[str, str]]:
     for (name, type_name, _), tensors in _alike(
         ((to.info.name, to.target.by_id[tensor].type_name), tensor) for to, tensor in planned.rounded
     ).items():
-        yield "rounded", f"{_few(tensors)} to {type_name}, for {name}"
+        yield "rounded", f"{shortened(tensors)} to {type_name}, for {name}"
     yield "loads in", ", ".join(target.loads_in)
     for warning in target.warnings:
         yield "warning", warning
@@ -65,7 +66,7 @@ def outcome_pairs(done: Imported) -> Iterator[tuple[str, str]]:
         bound = "" if len(tensors) == 1 else " at most"
         yield (
             "rounded",
-            f"{_few(tensors)} to {type_name} for {name}: relative squared error{bound} {most:.1e}",
+            f"{shortened(tensors)} to {type_name} for {name}: relative squared error{bound} {most:.1e}",
         )
     yield "loads in", ", ".join(done.loads_in)
 
@@ -90,8 +91,3 @@ def _alike(
     for (name, type_name), tensor in rounded:
         found.setdefault((name, type_name, f"{tensor.role}.{tensor.part}"), []).append(tensor)
     return found
-
-
-def _few(tensors: Sequence[TensorId]) -> str:
-    """`blk.0.q.bias and 31 more`."""
-    return str(tensors[0]) + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")

@@ -89,10 +89,11 @@ class HfExporter:
             return self._adopted(model, tensor, shape, storages.get(tensor), floats)
 
         plan = self._target(model, carrier, shapes, storage, refusals)
+        dtype = self._dtype(plan.tensors)
         return replace(
             plan,
-            refusals=(*plan.refusals, *types.step_refusals(self._dtype(plan.tensors), plan.tensors)),
-            warnings=(*plan.warnings, *types.cast_warnings(self._dtype(plan.tensors), plan.tensors)),
+            refusals=(*plan.refusals, *types.step_refusals(dtype, plan.tensors)),
+            warnings=(*plan.warnings, *types.cast_warnings(dtype, plan.tensors)),
         )
 
     def check_source(self, checkpoint: Checkpoint) -> SourceFindings:

@@ -114,8 +114,7 @@ def step_refusals(dtype: str, tensors: Sequence[TensorPlan]) -> list[Refusal]:
 
 def cast_warnings(dtype: str, tensors: Sequence[TensorPlan]) -> list[str]:
     """Floats that are in the file as they were, and that a runtime rounds when it loads them."""
-    held = (FLOATS[dtype], None)
-    wider = [t for t in tensors if (t.storage if isinstance(t.storage, FloatType) else None) not in held]
+    wider = [t for t in tensors if isinstance(t.storage, FloatType) and t.storage is not FLOATS[dtype]]
     if not wider:
         return []
     kinds = " and ".join(sorted({t.type_name for t in wider}))

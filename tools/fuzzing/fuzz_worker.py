@@ -56,8 +56,7 @@ class Fuzzer:
         for variant in sorted(path.name for path in pristine.iterdir()):
             folder = pristine / variant
             files = [path for path in folder.rglob("*") if path.is_file()]
-            n_bytes = sum(path.stat().st_size for path in files)
-            self._facts[folder] = sorted(str(path.relative_to(folder)) for path in files), n_bytes
+            self._facts[folder] = sorted(str(path.relative_to(folder)) for path in files), _n_bytes(folder)
             found[variant] = reader.read(self._case(reader, variant))
         self._expected[reader.name] = found
 
